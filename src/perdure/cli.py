@@ -1,0 +1,335 @@
+"""The command line. Commands import what they need when they run, so that help comes at once."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="perdure",
+    help="Keeps a pretrained transformer learning from a stream without forgetting.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe's name (see `perdure recipes`) or a YAML file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as method=er training.learning_rate=1e-3 seed=2."),
+]
+Imports = Annotated[
+    list[str] | None, typer.Option("--import", metavar="FILE.py", help="Python file that registers your own plug-ins.")
+]
+Quiet = Annotated[bool, typer.Option("--no-progress", help="No progress bars.")]
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=True, highlight=False)
+
+
+def _import(files: list[str] | None) -> None:
+    from .registry import import_file
+
+    for file in files or ():
+        import_file(file)
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    imports: Imports = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Show every setting and its source; run nothing.")
+    ] = False,
+    no_progress: Quiet = False,
+) -> None:
+    """Runs a recipe, or goes on with a run that was interrupted."""
+    from .recipe import annotated_yaml, load_recipe
+
+    _import(imports)
+    loaded = load_recipe(recipe, overrides or ())
+    if print_config:
+        typer.echo(annotated_yaml(loaded), nl=False)
+        return
+    from .report.terminal import print_run
+    from .run import run_recipe
+
+    report = run_recipe(loaded, progress=not no_progress)
+    print_run(report, _console())
+    typer.echo(loaded.folder / "report.html")
+
+
+@app.command()
+def compare(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Arms of the recipe or methods, either with +head. All arms when absent."),
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option(metavar="N", help="Number of seeds, counted from the recipe's; or a list such as 0,3,5,")
+    ] = "3",
+    reference: Annotated[
+        str | None, typer.Option(help="Arm that differences are taken to; the first when absent.")
+    ] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder of the comparison; runs/RECIPE when absent.")] = None,
+    imports: Imports = None,
+    no_progress: Quiet = False,
+) -> None:
+    """Runs arms over seeds, reuses what is finished, and writes a page and comparison.json."""
+    from .recipe import load_recipe
+
+    _import(imports)
+    loaded = load_recipe(recipe, overrides or ())
+    names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    _compare(loaded, names, _seeds(seeds, loaded.seed), reference, output_dir, not no_progress)
+
+
+def _seeds(text: str, first: int) -> list[int]:
+    from .errors import BadInput
+
+    try:
+        values = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise BadInput(f"--seeds: found {text!r}; give a number of seeds, or a list such as 0,1,2") from None
+    if "," not in text:
+        count = values[0] if values else 0
+        if count < 1:
+            raise BadInput(f"--seeds: found {text!r}; give at least 1")
+        values = list(range(first, first + count))
+    if not values or min(values) < 0:
+        raise BadInput(f"--seeds: found {text!r}; seeds are 0 or more")
+    return values
+
+
+def _compare(
+    recipe: Any, arms: list[str] | None, seeds: list[int], reference: str | None, output_dir: str | None, progress: bool
+) -> Any:
+    from .comparison import compare as run_comparison
+    from .report.terminal import print_comparison
+
+    console = _console()
+    comparison, page = run_comparison(
+        recipe,
+        arms,
+        seeds,
+        reference,
+        output_dir,
+        progress=progress,
+        say=lambda line: console.print(line, markup=False),
+    )
+    print_comparison(comparison, console)
+    for line in _verdicts(comparison):
+        console.print(line, markup=False)
+    typer.echo(page)
+    return comparison
+
+
+def _verdicts(comparison: dict[str, Any]) -> list[str]:
+    """Where the arms with MoRAM stand against the rivals that matter, in plain words."""
+    from .comparison import verdict
+
+    arms = [row["arm"] for row in comparison["rows"]]
+    lines = []
+    for arm in arms:
+        if not arm.startswith("moram"):
+            continue
+        head = "+ridge" if arm.endswith("+ridge") else ""
+        for rival in ("finetune", "lora", "frozen", "frozen+ridge", "linear_probe", "linear_probe+ridge"):
+            if rival in ("finetune", "lora") or rival.endswith("+ridge") == bool(head):
+                line = verdict(comparison, arm, rival)
+                lines += [line] if line else []
+    return lines
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    output_dir: Annotated[str, typer.Option(help="Folder of the comparison.")] = "runs/demo",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all arms.")] = 0,
+    no_progress: Quiet = False,
+) -> None:
+    """Learns the Python standard library, package by package, with six methods side by side. Needs no data file."""
+    from .recipe import load_recipe
+
+    loaded = load_recipe("demo/stdlib", overrides or ())
+    _compare(loaded, None, [seed], None, output_dir, not no_progress)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs or of comparisons.")],
+    output_dir: Annotated[
+        str | None, typer.Option(help="Folder for the page that compares several runs; the one above them when absent.")
+    ] = None,
+) -> None:
+    """Rebuilds the pages of runs; of several runs also one that compares them."""
+    from .comparison import COMPARISON_FILE, REPORT_FILE, rebuild
+    from .report import build
+    from .report.terminal import print_comparison, print_run
+
+    pages = rebuild(runs, output_dir)
+    folder = pages[-1].parent
+    if (folder / COMPARISON_FILE).is_file():
+        print_comparison(build.read_comparison(folder / COMPARISON_FILE), _console())
+    else:
+        print_run(build.read_report(folder / REPORT_FILE), _console())
+    for page in pages:
+        typer.echo(page)
+
+
+@app.command()
+def undo(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    to: Annotated[
+        int | None,
+        typer.Option("--to", metavar="K", help="Back to before experience K, counted from 0; the last when absent."),
+    ] = None,
+) -> None:
+    """Takes a run back to before an experience; the same `perdure run` then learns on from there."""
+    from .run import undo as take_back
+
+    at = take_back(run, to)
+    typer.echo(f"{run} stands before experience {at}; `perdure run` with its recipe goes on from there")
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A method or a head, for its details.")] = None,
+    imports: Imports = None,
+) -> None:
+    """Lists methods and heads, or explains one."""
+    from .registry import HEADS, METHODS
+
+    _import(imports)
+    if name is not None:
+        known = HEADS if name in HEADS.names() and name not in METHODS.names() else METHODS
+        _explain(known.get(name))
+        return
+    aliases = {value: key for key, value in METHODS.aliases.items()}
+    rows = []
+    for each in METHODS.names():
+        cls = METHODS.get(each)
+        label = f"{each} ({aliases[each]})" if each in aliases else each
+        rows.append((label, cls.title, cls.status, ", ".join(sorted(cls.needs)) or "–", cls.removal))
+    _columns(("method", "what it is", "status", "needs", "removal"), rows)
+    typer.echo("")
+    heads = [(each, HEADS.get(each).title, "yes" if HEADS.get(each).closed_form else "no") for each in HEADS.names()]
+    _columns(("head", "what it is", "closed form"), heads)
+
+
+def _columns(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A plain table; rich would cost more time than the listing itself."""
+    table = [header, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    for number, row in enumerate(table):
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        if number == 0:
+            typer.echo("  ".join("─" * width for width in widths))
+
+
+def _explain(cls: Any) -> None:
+    typer.echo(f"{cls.name}: {cls.title}\n")
+    text = inspect.getdoc(inspect.getmodule(cls)) if inspect.getmodule(cls) else None
+    typer.echo((text or inspect.getdoc(cls) or "") + "\n")
+    if hasattr(cls, "needs"):
+        typer.echo(
+            f"status:  {cls.status}\nneeds:   {', '.join(sorted(cls.needs)) or 'nothing'}\nremoval: {cls.removal}"
+        )
+    else:
+        typer.echo(f"closed form: {'yes' if cls.closed_form else 'no'}")
+    typer.echo("\nsettings:")
+    fields = cls.Config.model_fields
+    if not fields:
+        typer.echo("  none")
+    for key, field in fields.items():
+        kind = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
+        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+        typer.echo(f"  {key}: {kind.replace('typing.', '').replace('NoneType', 'None')}, {default}")
+        if field.description:
+            typer.echo(f"      {' '.join(field.description.split())}")
+
+
+@app.command()
+def recipes() -> None:
+    """Lists the recipes that come with the package."""
+    from . import yamltext
+    from .recipe import RECIPES, recipe_names
+
+    rows = []
+    for name in recipe_names():
+        path = RECIPES / f"{name}.yaml"
+        data = yamltext.load(path.read_text(encoding="utf-8"), name)
+        rows.append((name, str(data.get("description", "")).strip(), ", ".join(data.get("arms") or {}) or "–"))
+    for name, description, arms in rows:
+        typer.echo(f"{name}\n    {description}\n    arms: {arms}")
+
+
+@app.command()
+def doctor() -> None:
+    """Looks at versions, device, disk, data and weights. Ends with 1 where something is wrong."""
+    from .doctor import examine
+
+    console = _console()
+    marks = {"ok": "[green]ok[/]", "missing": "[yellow]--[/]", "wrong": "[red]!![/]"}
+    found = examine()
+    width = max(len(each.what) for each in found)
+    for each in found:
+        console.print(f"{marks[each.state]} {each.what:<{width}}  ", end="")
+        console.print(each.found, markup=False)
+        if each.remedy:
+            console.print(f"   {'':<{width}}  {each.remedy}", markup=False)
+    if any(each.state == "wrong" for each in found):
+        raise typer.Exit(1)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from . import __version__
+
+        typer.echo(f"perdure {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: ends the process with the exit code of `perdure.errors`; unknown errors keep their traceback."""
+    from .errors import BAD_INPUT, INTERRUPTED, PerdureError
+
+    try:
+        app(arguments)
+    except PerdureError as error:
+        _fail(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted")
+        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        # Usage errors leave typer with 2.
+        sys.exit(BAD_INPUT if end.code == 2 else end.code)
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"perdure: {message}", err=True)

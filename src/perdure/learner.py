@@ -1,0 +1,324 @@
+"""The public face of the loop: learn, evaluate, predict, save, load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import Batch, Output, Row, Rows
+from .errors import BadInput
+from .heads import Head
+from .bookkeeping import Counters, Past, Position, Unlearnt, quiet
+from .loop import Loop
+from .streams.experience import Experience
+
+PORTABLE = "perdure.json"
+
+
+class Learner(Loop):
+    __doc__ = Loop.__doc__
+
+    # ---- evaluation and use
+    def evaluate(self, experiences: Sequence[Experience], split: str = "test") -> dict[int, float | None]:
+        """Scores the model on each experience; nothing of the learner changes, random states included.
+
+        Args:
+            experiences: e.g. `stream.seen`.
+            split: "test" or "valid".
+
+        Returns:
+            experience index -> accuracy in [0, 1] or perplexity; None where the split has no rows.
+        """
+        return {experience.index: self._evaluate_one(experience, split) for experience in experiences}
+
+    def _evaluate_one(self, experience: Experience, split: str) -> float | None:
+        rows = self._capped(getattr(experience, split))
+        if not len(rows):
+            return None
+        if self.head is not None and not self.head.classes:
+            return 0.0
+        allowed = self._allowed_at_test(experience)
+        total = torch.zeros(2, dtype=torch.float64)
+        with quiet(self.model), torch.no_grad():
+            for batch in self._scored_batches(experience, split, rows):
+                with self.autocast():
+                    output = self.forward(batch)
+                summed, count = self.objective.score(batch, output, allowed)
+                total += torch.stack([torch.as_tensor(summed).double().cpu(), torch.as_tensor(count).double().cpu()])
+        return self.objective.finish(float(total[0]), float(total[1]))
+
+    def _capped(self, rows: Rows) -> Rows:
+        limit = self.protocol.max_test_rows
+        if limit is None or len(rows) <= limit:
+            return rows
+        generator = torch.Generator().manual_seed(0)  # the same rows for every arm and seed
+        chosen = torch.randperm(len(rows), generator=generator)[:limit].sort().values.tolist()
+        return [rows[number] for number in chosen]
+
+    def _scored_batches(self, experience: Experience, split: str, rows: Rows) -> Any:
+        labels = Unlearnt(self.labels)
+        if not self.caches_features:
+            yield from self.batches(rows, labels, by_length=True)
+            return
+        features = self._cached_features(experience, split, rows)
+        ids = torch.tensor([labels[str(row["label"])] for row in rows])
+        yield Batch({}, ids, rows, features=features).to(self.device)
+
+    def _allowed_at_test(self, experience: Experience) -> Tensor | None:
+        if self.head is None:
+            return None
+        allowed = torch.zeros(self.head.classes, dtype=torch.bool, device=self.device)
+        if self.protocol.task_id == "test":
+            known = [self.labels[name] for name in experience.classes if name in self.labels]
+            allowed[known] = True
+            return allowed if known else None
+        allowed[: len(self.labels)] = True  # the mask "all" grows the head further: unseen classes never compete
+        return allowed
+
+    def forward(self, batch: Batch) -> Output:
+        """One forward pass as it is used in evaluation, through the method that owns the prediction."""
+
+        def plain(b: Batch) -> Output:
+            return self.objective.forward(self.model, self.head, b, self.pooling)
+
+        owner = next((method for method in self.methods if method.predict is not None), None)
+        return plain(batch) if owner is None else owner.predict(batch, plain)  # type: ignore[misc]
+
+    def predict(self, rows: Rows) -> list[str]:
+        """Class names of rows (no labels needed), over all classes seen.
+
+        Raises:
+            BadInput: nothing was learnt yet, or the objective has no classes.
+        """
+        if self.head is None:
+            raise BadInput(f"predict: objective {self.objective.name!r} has no classes; use the model's `generate`")
+        if not self.labels:
+            raise BadInput("predict: nothing was learnt yet; call `learn` first")
+        names, found = self.seen, []
+        with quiet(self.model), torch.no_grad():
+            for batch in self.batches(rows, unlabelled=True):
+                with self.autocast():
+                    logits = self.forward(batch).logits
+                assert logits is not None
+                found += [names[number] for number in logits[:, : len(names)].argmax(-1).tolist()]
+        return found
+
+    def features(self, rows: Rows) -> Tensor:
+        """Pooled features [rows, D] in float32 on the CPU, in evaluation mode."""
+        with quiet(self.model), torch.no_grad():
+            parts = [
+                self.objective.forward(self.model, None, batch, self.pooling).features.float().cpu()
+                for batch in self.batches(rows, unlabelled=True)
+            ]
+        return torch.cat(parts)
+
+    def partial_fit(self, rows: Sequence[Row]) -> Learner:
+        """Learns rows that just arrived: one pass in batches. With `protocol.boundaries: none` the optimizer goes on from
+        call to call and the method is not told that anything new begins; else each call is an experience.
+
+        Raises:
+            BadInput: no rows, or a row that does not fit.
+        """
+        number = self.position.experience
+        return self.learn(Experience(index=number, name=f"arrival-{number}", train=list(rows)))  # type: ignore[return-value]
+
+    def forget(self, write: int) -> Any:
+        """Takes one write back at the level the method declares (`Method.removal`).
+
+        Raises:
+            BadInput: there is no such write, or the method cannot; `perdure undo` returns to an older state instead.
+        """
+        if not 0 <= write < len(self.writes):
+            raise BadInput(f"forget: write {write} does not exist; there are {len(self.writes)}")
+        able = [method for method in self.methods if method.removal in ("exact", "structural")]
+        if not able:
+            names = ", ".join(method.name for method in self.methods)
+            raise BadInput(f"forget: {names} can only be rolled back; use `perdure undo` or an older state")
+        return [method.on_request("forget", {"write": write}) for method in able]
+
+    def detach(self) -> nn.Module:
+        """Takes everything out of the model again and returns it: the original, bit for bit."""
+        for method in reversed(self.methods):
+            method.detach(self.host)
+        return self.model
+
+    # ---- state
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a fresh process needs to go on bit for bit; the frozen base is not in it."""
+        from .state import generator_state, rng_state
+
+        tensors, values = self.learnt_state()
+        if self.optimization is not None:
+            found, values["optimizer"] = self.optimization.state_dict()
+            tensors |= _prefixed("optimizer", found)
+        found, values["rng"] = rng_state()
+        tensors |= _prefixed("rng", found)
+        tensors["generator"] = generator_state(self.generator)
+        found, values["replay"] = self.replay.state_dict()
+        tensors |= _prefixed("replay", found)
+        found, values["previous"] = self.services.previous_state()
+        tensors |= _prefixed("previous", found)
+        found, values["router"] = self.services.router_log.state_dict()
+        tensors |= _prefixed("router", found)
+        values |= {"position": asdict(self.position), "counters": asdict(self.counters)}
+        return tensors, values
+
+    def learnt_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What was learnt: adapters, heads, classes; no optimizer, no random state."""
+        tensors: dict[str, Tensor] = {}
+        values: dict[str, Any] = {"methods": [], "names": [method.name for method in self.methods]}
+        for number, method in enumerate(self.methods):
+            found, described = method.state_dict()
+            tensors |= _prefixed(f"method/{number}", found)
+            values["methods"].append(described)
+        for name, head in self._heads().items():
+            found, values[name] = head.state_dict()
+            tensors |= _prefixed(name, found)
+        values |= {
+            "labels": list(self.labels), "declared": self.declared, "writes": self.writes,
+            "history": [asdict(past) for past in self.history],
+        }  # fmt: skip
+        return tensors, values
+
+    def _heads(self) -> dict[str, Head]:
+        heads = {"head": self.head, "auxiliary": self.auxiliary_head}
+        return {name: head for name, head in heads.items() if head is not None}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave into a learner made with the same settings.
+
+        Raises:
+            BadInput: the state belongs to other methods or another head.
+        """
+        from .state import set_generator_state, set_rng_state
+
+        self.services.load_previous_state(_under("previous", tensors), values["previous"], self._load_learnt)
+        self._load_learnt(tensors, values)
+        self.position, self.counters = Position(**values["position"]), Counters(**values["counters"])
+        self.replay.load_state_dict(_under("replay", tensors), values["replay"])
+        self.services.router_log.load_state_dict(_under("router", tensors), values["router"])
+        self.optimization = None
+        if "optimizer" in values:
+            self._optimize_anew()
+            assert self.optimization is not None
+            self.optimization.load_state_dict(_under("optimizer", tensors), values["optimizer"])
+        set_generator_state(self.generator, tensors["generator"])
+        set_rng_state(_under("rng", tensors), values["rng"])
+
+    def _load_learnt(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        mine = [method.name for method in self.methods]
+        if values["names"] != mine:
+            raise BadInput(f"method: the state was made with {values['names']}, this learner has {mine}; use the same")
+        heads = self._heads()
+        for name in ("head", "auxiliary"):
+            if (name in values) != (name in heads):
+                raise BadInput(f"{name}: the state and this learner do not both have one; use the same head setting")
+        self.labels = {name: number for number, name in enumerate(values["labels"])}
+        self.declared, self.writes = values["declared"], list(values["writes"])
+        self.history = [Past(**past) for past in values["history"]]
+        for number, (method, described) in enumerate(zip(self.methods, values["methods"], strict=True)):
+            method.load_state_dict(_under(f"method/{number}", tensors), described)
+        for name, head in heads.items():
+            head.load_state_dict(_under(name, tensors), values[name])
+        self.system.to(self.device)
+        self._features.clear()
+
+    def stored_bytes(self) -> int:
+        """Bytes that must be kept beside the frozen base to go on learning, measured on the state itself.
+
+        Optimizer moments and random states are left out: they are gone at a boundary.
+        """
+        tensors, values = self.learnt_state()
+        replayed, described = self.replay.state_dict()
+        every = [*tensors.values(), *replayed.values()]
+        return sum(t.numel() * t.element_size() for t in every) + len(json.dumps([values["methods"], described]).encode())
+
+    # ---- folders
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes adapters, heads and settings (no base weights) into `folder`; `from_pretrained` reads them back.
+
+        Raises:
+            CannotWrite: the disk is full or the folder not writable; what was there before stays.
+        """
+        from .state import model_hash
+        from .state.portable import write_portable
+
+        tensors, values = self.learnt_state()
+        values |= {"settings": self.settings(), "base": {"hash": model_hash(self.frozen_base()), "name": self._base_name()}}
+        return write_portable(Path(folder), tensors, values)
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make this learner again, JSON-able."""
+        return {
+            "method": [{method.name: method.config.model_dump(mode="json")} for method in self.methods],
+            "head": None if self.head is None else {self.head.name: self.head.config.model_dump(mode="json")},
+            "objective": {self.objective.name: self.objective.config.model_dump(mode="json")},
+            "training": self.training.model_dump(mode="json"),
+            "protocol": self.protocol.model_dump(mode="json"),
+            "seed": self.seed,
+            "classes": self.declared,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Settings and what is known about each part, for the report."""
+        return self.settings() | {
+            "details": [{"name": m.name, "title": m.title, "status": m.status, "removal": m.removal} for m in self.methods],
+            "metric": self.objective.metric,
+            "higher_is_better": self.objective.higher_is_better,
+        }
+
+    def frozen_base(self) -> dict[str, Tensor]:
+        """The host's own tensors that no method trains or put in, by name."""
+        trained = {id(p) for _, p in self.named_trainable()} | {id(p) for m in self.methods for _, p in m.touched()}
+        return {
+            name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if id(tensor) not in trained and "perdure" not in name and "lora_" not in name
+        }  # fmt: skip
+
+    def _base_name(self) -> str:
+        return str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, model: nn.Module | None = None, processor: Any = None) -> Learner:
+        """Reads a folder of `save_pretrained`. The base model is given, or loaded under the name it was saved with.
+
+        Raises:
+            BadInput: no such folder, or the base is another model (its hash differs).
+            DamagedState: a file fails its checksum.
+        """
+        from .state import model_hash
+        from .state.portable import read_portable
+
+        tensors, values = read_portable(Path(folder))
+        objective = next(iter(values["settings"]["objective"]))
+        if model is None:
+            from .models import load_model
+
+            if not values["base"]["name"]:
+                raise BadInput(f"{folder}: does not say which model it belongs to; give `model` and `processor`")
+            model, processor, _ = load_model(values["base"]["name"], objective)
+        learner = cls(model, processor, **values["settings"])
+        learner._load_learnt(tensors, values)
+        found = model_hash(learner.frozen_base())
+        if found != values["base"]["hash"]:
+            raise BadInput(
+                f"model: its weights (hash {found[:12]}) are not those that {folder} was learnt on "
+                f"({values['base']['hash'][:12]}, {values['base']['name'] or 'unnamed'}); load that model"
+            )
+        learner.position.experience = len(learner.history)
+        return learner
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    start = f"{prefix}/"
+    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}

@@ -1,0 +1,157 @@
+"""Batches of an experience in a seeded order that depends on nothing but (seed, experience, epoch).
+
+Because the order is a pure function, a checkpoint needs only the position, and resuming never replays a random stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .data import Batch, Row, Rows
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on every part and on nothing else."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows the steps of one experience take.
+
+    Attributes:
+        rows: number of rows.
+        batch: rows per process and micro-batch.
+        accumulation: micro-batches per optimizer step.
+        processes, rank: the world.
+        epochs, max_steps: the end.
+        seed: seed of the order.
+    """
+
+    rows: int
+    batch: int
+    accumulation: int
+    processes: int
+    rank: int
+    epochs: int
+    max_steps: int | None
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows // (self.batch * self.accumulation * self.processes))
+
+    @property
+    def steps(self) -> int:
+        total = self.steps_per_epoch * self.epochs
+        return min(total, self.max_steps) if self.max_steps else total
+
+    def order(self, epoch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
+        return torch.randperm(self.rows, generator=generator)
+
+    def micro_batches(self, step: int, order: torch.Tensor | None = None) -> list[list[int]]:
+        """Row numbers of this process's micro-batches of one optimizer step.
+
+        All processes together take the rows that one process with the same global batch would take. A process for
+        which nothing is left gets -1: one row that counts nothing, so that every process takes part in each exchange.
+        """
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = self.order(epoch) if order is None else order
+        width = self.batch * self.processes
+        start = within * width * self.accumulation
+        taken = order[start : start + width * self.accumulation].tolist()
+        groups = []
+        for first in range(0, len(taken), width):
+            block = taken[first : first + width]
+            share = -(-len(block) // self.processes)
+            groups.append(block[self.rank * share : (self.rank + 1) * share] or [-1])
+        return groups
+
+    def from_step(self, step: int) -> Iterator[tuple[int, list[list[int]]]]:
+        """Steps with their micro-batches from `step` to the end."""
+        epoch_of_order, order = -1, None
+        for number in range(step, self.steps):
+            epoch = number // self.steps_per_epoch
+            if epoch != epoch_of_order:
+                epoch_of_order, order = epoch, self.order(epoch)
+            yield number, self.micro_batches(number, order)
+
+
+def make_batch(
+    objective, processor, rows: Sequence[Row], labels: dict[str, int] | None, index: Sequence[int], **encode
+) -> Batch:
+    """Encodes and pads rows into a Batch on the CPU."""
+    encoded = objective.encode(rows, processor, **encode)
+    return objective.collate(encoded, rows, labels, list(index))
+
+
+def take(rows: Rows, numbers: Sequence[int]) -> list[Row]:
+    """Rows by number; -1 stands for the filler, the first row."""
+    return [rows[max(number, 0)] for number in numbers]
+
+
+def without_fillers(batch: Batch, numbers: Sequence[int]) -> Batch:
+    """Marks fillers (-1) so that they count nothing."""
+    if all(number >= 0 for number in numbers) or batch.labels is None:
+        return batch
+    labels = batch.labels.clone()
+    for position, number in enumerate(numbers):
+        if number < 0:
+            labels[position] = -100
+    return replace(batch, labels=labels)
+
+
+class Prefetch:
+    """Runs an iterator in a thread, a few items ahead, so that preparing data never starves the step.
+
+    The items are pure functions of their position, so running ahead changes nothing that a checkpoint holds.
+    """
+
+    def __init__(self, make: Callable[[], Iterator], ahead: int = 2):
+        self._queue: queue.Queue = queue.Queue(maxsize=ahead)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(make,), daemon=True)
+        self._thread.start()
+
+    def _put(self, item: tuple) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _work(self, make: Callable[[], Iterator]) -> None:
+        try:
+            for item in make():
+                if not self._put(("item", item)):
+                    return
+            self._put(("end", None))
+        except BaseException as error:  # handed to the consumer, which raises it
+            self._put(("error", error))
+
+    def __iter__(self) -> Iterator:
+        while True:
+            kind, item = self._queue.get()
+            if kind == "item":
+                yield item
+            elif kind == "error":
+                raise item
+            else:
+                return
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)

@@ -1,0 +1,14 @@
+"""Mathematics of routed memories on tensors. Imports torch alone."""
+
+from .bank import SHARED, AtomBank, AtomView
+from .effects import choose_path, read_atoms
+from .merging import MergeReport, merge_duplicates
+from .observe import Observation, RouterLog, is_observed, observing, report
+from .protect import InputMoments, free_directions, leading_basis, project
+from .routing import Routing, cosine, dot, effective_k, open_items, select, self_activation, weight
+
+__all__ = [
+    "SHARED", "AtomBank", "AtomView", "InputMoments", "MergeReport", "Observation", "Routing", "RouterLog",
+    "choose_path", "cosine", "dot", "effective_k", "free_directions", "is_observed", "leading_basis", "merge_duplicates",
+    "observing", "open_items", "project", "read_atoms", "report", "select", "self_activation", "weight",
+]  # fmt: skip

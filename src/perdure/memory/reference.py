@@ -1,0 +1,33 @@
+"""The effects in plain torch, formula by formula: the meaning that every fast path is tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .routing import Routing, open_items, select, self_activation, weight
+
+
+def rank_one(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    k: int,
+    tau: float,
+    delta: float | None = None,
+    renormalise: bool = False,
+    eps: float = 1e-8,
+    min_k: int = 1,
+) -> tuple[Tensor, Routing]:
+    """MoRAM, eqs 3-8: dy = sum_{i in top-k} w_i (a_i . x) b_i, every atom's value multiplied by a masked weight.
+
+    Args:
+        x: [..., d_in]. keys: [N, d_in]. values: [N, d_out], N >= 1.
+    """
+    s, p = self_activation(x, keys, eps)  # s = p / max(||p||, eps)
+    top = select(p, k, min_k)  # s and p have the same order
+    s_top = s.gather(-1, top)
+    w_top = open_items(weight(s_top, tau), s_top, delta, renormalise)  # w = softmax(s / tau), closed below delta
+    w = torch.zeros_like(s).scatter(-1, top, w_top)
+    return (w * p) @ values, Routing(top, w_top, s_top, keys.shape[0])  # raw p, not s, multiplies the value

@@ -1,0 +1,128 @@
+"""Sequential LoRA: one adapter, trained on every experience in turn (SeqLoRA).
+
+Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models": y = W0 x + (alpha / r) B A x, A Kaiming-uniform,
+B zero. The adapter is PEFT's own, injected into the user's model. Settings of published continual runs:
+`specs` of MoRAM's TRACE comparison use r 8, alpha 32, dropout .1 on q and v.
+
+| symbol | attribute |
+|---|---|
+| A [r, d_in] | `lora_A`, the down-projection |
+| B [d_out, r] | `lora_B`, the up-projection |
+
+With `protect`, rows of A are confined to the null space of old layer inputs after every update (the control for MoRAM
+with protected keys: projection without routing). With `first_only` the adapter learns the first experience and then
+stands still, which with the ridge head is the shape of RanPAC's first-session adaptation.
+
+Stored: A and B of every adapted layer (with `protect` also second moments of layer inputs). Cost per token and layer:
+r (d_in + d_out) multiply-adds. Removal: rollback; the adapter has no single owner.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from ..config import MethodConfig, ProtectConfig
+from ..errors import BadInput
+from ._method import Method, register
+from ._protection import InputProtection
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..hosts import Host
+    from ..streams import Experience
+
+
+@register("lora")
+class LoRA(Method):
+    """Sequential LoRA, one adapter for all experiences."""
+
+    class Config(MethodConfig):
+        rank: int = Field(8, ge=1)
+        alpha: float = Field(16.0, gt=0)
+        dropout: float = Field(0.0, ge=0, lt=1)
+        targets: str | list[str] = "all"
+        """Roles of the adapted linear maps, a group (attention, ffn, all) or `re:` and a pattern."""
+        layers: list[int] | None = None
+        first_only: bool = False
+        """Train on the first experience only."""
+        protect: ProtectConfig | None = None
+
+    adapts = True
+    status = "verified"
+
+    def attach(self, host: Host) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = self.config
+        self._sites = host.sites(config.targets, layers=config.layers)
+        paths = list(dict.fromkeys(site.path for site in self._sites))
+        modules = {site.path: site.module for site in self._sites}
+        self._originals: list[tuple[nn.Module, str, nn.Module]] = []
+        for path in paths:
+            parent, _, leaf = path.rpartition(".")
+            self._originals.append((host.model.get_submodule(parent), leaf, modules[path]))
+        fan_in_fan_out = any(site.transposed for site in self._sites)
+        inject_adapter_in_model(
+            LoraConfig(
+                r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=paths,
+                fan_in_fan_out=fan_in_fan_out,
+            ),
+            host.model,
+            adapter_name="perdure",
+        )  # fmt: skip
+        self._layers: dict[str, Any] = {path: host.model.get_submodule(path) for path in paths}
+        wrong = [path for path, layer in self._layers.items() if not hasattr(layer, "lora_A")]
+        if wrong:
+            raise BadInput(f"method.lora.targets: PEFT did not adapt {', '.join(wrong)}; choose other roles")
+        self._protection = InputProtection(self, config.protect) if config.protect else None
+
+    def detach(self, host: Host) -> None:
+        for parent, leaf, module in self._originals:
+            setattr(parent, leaf, module)
+        if hasattr(host.model, "peft_config"):
+            del host.model.peft_config
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        named = []
+        for path, layer in self._layers.items():
+            named.append((f"{path}.A", layer.lora_A["perdure"].weight))
+            named.append((f"{path}.B", layer.lora_B["perdure"].weight))
+        return named
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        if self.config.first_only and self.loop.experiences_learnt > 0:
+            return []
+        return [{"params": self._named()}]
+
+    def _downs(self) -> dict[str, nn.Parameter]:
+        by_path = {site.path: site.name for site in self._sites}
+        return {by_path[path]: layer.lora_A["perdure"].weight for path, layer in self._layers.items()}
+
+    def before_experience(self, experience: Experience) -> None:
+        if self._protection:
+            self._protection.project(self._downs())
+
+    def after_update(self, before: dict[str, Tensor]) -> None:
+        if self._protection:
+            self._protection.project(self._downs())
+
+    def after_experience(self, experience: Experience) -> None:
+        if self._protection and not experience.last:
+            self._protection.observe(self._sites, experience.train)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, values = super().state_dict()
+        return tensors | {name: p.detach() for name, p in self._named()}, values
+
+    def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        import torch
+
+        super().load_state_dict(tensors, values)
+        with torch.no_grad():
+            for name, parameter in self._named():
+                parameter.copy_(tensors[name])
+        if self._protection:
+            self._protection.reload()

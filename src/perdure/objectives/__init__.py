@@ -1,0 +1,5 @@
+"""Objectives: what a batch is, what loss it gives, how it is scored."""
+
+from ._objective import Objective, register
+
+__all__ = ["Objective", "register"]

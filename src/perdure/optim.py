@@ -1,0 +1,71 @@
+"""Optimizer, schedule and clipping over named parameters. The schedule is a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainingConfig
+from .state import load_optimizer_state, optimizer_state
+
+
+def rate_factor(training: TrainingConfig, step: int, total: int) -> float:
+    """Learning-rate factor in [0, 1] of 0-based `step` of `total`: linear warm-up, then constant, linear or cosine to 0."""
+    if step < training.warmup_steps:
+        return (step + 1) / training.warmup_steps
+    if training.lr_scheduler == "constant":
+        return 1.0
+    progress = (step - training.warmup_steps) / max(1, total - training.warmup_steps)
+    if training.lr_scheduler == "linear":
+        return max(0.0, 1.0 - progress)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+class Optimization:
+    """The optimizer of one experience, fresh at its start.
+
+    Args:
+        training: rates, optimizer and clipping.
+        groups: dicts with `params` as (name, Parameter) pairs and `lr`; `weight_decay` where it differs.
+        keep: an earlier one whose moments are taken over for parameters of the same name and shape.
+    """
+
+    def __init__(self, training: TrainingConfig, groups: list[dict[str, Any]], keep: Optimization | None = None):
+        self.training = training
+        self.named: list[tuple[str, nn.Parameter]] = [pair for group in groups for pair in group["params"]]
+        plain = [{**group, "params": [p for _, p in group["params"]], "base_lr": group["lr"]} for group in groups]
+        if training.optimizer == "adamw":
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                plain, betas=(training.adam_beta1, training.adam_beta2), weight_decay=training.weight_decay
+            )
+        else:
+            self.optimizer = torch.optim.SGD(plain, lr=training.learning_rate, weight_decay=training.weight_decay)
+        if keep is not None:
+            tensors, values = keep.state_dict()
+            self.load_state_dict(tensors, values)
+
+    def clip(self) -> None:
+        if self.training.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_([p for _, p in self.named], self.training.max_grad_norm)
+
+    def values(self) -> dict[str, Tensor]:
+        """Copies of all trained parameters, for methods that compare before and after the step."""
+        return {name: p.detach().clone() for name, p in self.named}
+
+    def step(self, step: int, total: int) -> None:
+        factor = rate_factor(self.training, step, total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return optimizer_state(self.optimizer, self.named)
+
+    def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        load_optimizer_state(self.optimizer, self.named, tensors, values)

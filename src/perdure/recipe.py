@@ -1,0 +1,545 @@
+"""A recipe: everything a run depends on, typed, from a YAML file, the command line or Python. Imports no torch.
+
+A setting comes from, in rising order: the defaults, the recipe's file, the chosen arm, what the user typed.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, ValidationError, field_validator
+
+from . import yamltext
+from .config import ProtocolConfig, Strict, TrainingConfig
+from .errors import BadInput, ProtocolRefused
+from .models import ModelSource
+from .registry import HEADS, METHODS, OBJECTIVES, Registry
+from .streams import StreamConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+BLOCKS: dict[str, Registry] = {"method": METHODS, "head": HEADS, "objective": OBJECTIVES}
+"""Keys whose value is a plug-in's name with its settings."""
+LABELS = ("name", "description", "arm", "arms", "tuning", "output_dir")
+"""Keys that do not change what a run computes."""
+
+
+class Arm(Strict):
+    """What one arm of a comparison sets differently; stream, model, protocol and seed are the same for all arms."""
+
+    method: Any = None
+    head: Any = None
+    objective: Any = None
+    training: dict[str, Any] = Field(default_factory=dict)
+    note: str | None = None
+    """Shown beside the arm in a comparison."""
+
+    @field_validator("training", mode="after")
+    @classmethod
+    def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
+        fields = TrainingConfig.model_fields
+        for key in value:
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+                raise ValueError(f"unknown key {key!r}; {hint}")
+        return value
+
+
+def _which(value: Any) -> str:
+    return "(name)" if isinstance(value, str) else "(scratch)"
+
+
+class Recipe(Strict):
+    """All settings of a run. `load_recipe` and `make_recipe` give one that is checked and complete."""
+
+    name: str = "run"
+    description: str = ""
+    model: Annotated[Annotated[str, Tag("(name)")] | Annotated[ModelSource, Tag("(scratch)")], Discriminator(_which)]
+    """`minilm`, a hub id, a local folder, or `{scratch: {family: ...}}`."""
+    stream: StreamConfig
+    objective: Any = "classification"
+    method: Any = "moram"
+    head: Any = None
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    protocol: ProtocolConfig = Field(default_factory=ProtocolConfig)
+    seed: int = Field(0, ge=0)
+    output_dir: str | None = None
+    """Folder of the run; `runs/<name>/<arm>/seed-<seed>` when absent."""
+    arm: str | None = None
+    """Label of the arm in tables."""
+    arms: dict[str, Arm] = Field(default_factory=dict)
+    tuning: dict[str, Any] = Field(default_factory=dict)
+    """How the arms' rates were found: grid, trials, and the data they were judged on."""
+
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+    _base: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _origin: str = PrivateAttr(default="recipe")
+    _overrides: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def label(self) -> str:
+        """The arm's name, or the methods and the head joined by `+`."""
+        return self.arm or short_name(self)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lies."""
+        return Path(self.output_dir) if self.output_dir else run_folder(Path("runs") / safe(self.name), self)
+
+    def with_arm(self, arm: str | None, **changes: Any) -> Recipe:
+        """The same recipe with another arm (what the user typed still wins) and other top-level values.
+
+        Args:
+            arm: an arm of the recipe, a method's name, or either with `+head`; None for none.
+            changes: e.g. `seed=3`, `output_dir="runs/x"`.
+        """
+        if not self._base:
+            base = self.model_dump(mode="json", exclude={"arm"})
+            return _resolve(base, "recipe", [], arm, changes)
+        return _resolve(self._base, self._origin, self._overrides, arm, changes)
+
+
+# ---- finding and reading
+def recipe_names() -> list[str]:
+    """The package's recipes as `area/name`."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe given as a path, `area/name` or `name`.
+
+    Raises:
+        BadInput: there is none, or a short name fits several.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise BadInput(f"recipe: there is no file {name}; known names: {', '.join(recipe_names())}")
+        return path
+    known = recipe_names()
+    found = [each for each in known if str(name) in (each, each.rsplit("/", 1)[-1])]
+    if len(found) == 1:
+        return RECIPES / f"{found[0]}.yaml"
+    if found:
+        raise BadInput(f"recipe: {name} fits {' and '.join(found)}; give the area too")
+    stems = {each.rsplit("/", 1)[-1]: each for each in known}
+    near = difflib.get_close_matches(str(name), [*stems, *known], n=2)
+    hint = (
+        f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}; or give a path to a .yaml file"
+    )
+    raise BadInput(f"recipe: {str(name)!r} is unknown; {hint}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"recipe: {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise BadInput(f"recipe: {path} cannot be read: {error.strerror}") from None
+    data = yamltext.load(text, f"recipe {path.name}")
+    if not isinstance(data, dict):
+        raise BadInput(f"recipe: {path} holds {type(data).__name__}, expected keys such as model, stream and method")
+    for key in data:
+        if not isinstance(key, str):
+            raise BadInput(f"recipe {path.name}: the key {key!r} is no word; quote or correct it")
+    return data
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = (), *, arm: str | None = None, **changes: Any) -> Recipe:
+    """Reads, completes and checks a recipe; loads no model and no data.
+
+    Args:
+        name: a path to a YAML file, or the name of a recipe of the package (`clinc150`, `text/clinc150`).
+        overrides: `a.b=c`, values typed as YAML. `method=NAME` takes the arm NAME with its tuned values where the
+            recipe has it; other overrides win over it.
+        arm: an arm or method to take instead of the recipe's own method.
+        changes: top-level values that win over all, e.g. `seed=1`.
+
+    Raises:
+        BadInput: a key, type, name or combination is wrong; the message names the dotted field.
+        ProtocolRefused: the method needs, or the training takes, more than the protocol grants.
+    """
+    path = find_recipe(name)
+    base = _read(path)
+    base.setdefault("name", path.stem)
+    return _resolve(base, f"recipe {base['name']}", overrides, arm, changes)
+
+
+def make_recipe(settings: dict[str, Any], overrides: Sequence[str] = (), **changes: Any) -> Recipe:
+    """The same from a dict of settings."""
+    return _resolve(settings, "recipe", overrides, None, changes)
+
+
+# ---- layers
+def _resolve(
+    base: dict[str, Any], origin: str, overrides: Sequence[str], arm: str | None, changes: dict[str, Any]
+) -> Recipe:
+    typed = [_split_override(text) for text in overrides]
+    data: dict[str, Any] = copy.deepcopy(base)
+    sources: dict[str, str] = {}
+    _mark(sources, data, origin)
+    arms = data.get("arms") or {}
+    if not isinstance(arms, dict):
+        raise BadInput(f"arms: expected {{name: settings}}, found {arms!r}")
+    if arm is None:
+        chosen = [value for path, value in typed if path == ["method"] and isinstance(value, str)]
+        if chosen:
+            arm = chosen[-1]
+    if arm is not None:
+        typed = [(path, value) for path, value in typed if not (path == ["method"] and isinstance(value, str))]
+        data["arm"] = _apply_arm(data, sources, arms, arm)
+        heads = [value for path, value in typed if path == ["head"] and isinstance(value, str)]
+        if heads and not data["arm"].endswith(f"+{heads[-1]}"):
+            data["arm"] += f"+{heads[-1]}"
+    for path, value in sorted(typed, key=lambda item: len(item[0]) > 1):  # whole blocks before what lies in them
+        _set(data, sources, path, value)
+    for key, value in changes.items():
+        _set(data, sources, [key], value)
+    recipe = _validate(data)
+    recipe = _complete(recipe, sources)
+    recipe._sources.update(sources)
+    recipe._base.update(base)
+    recipe._origin, recipe._overrides = origin, tuple(overrides)
+    return recipe
+
+
+def _split_override(text: str) -> tuple[list[str], Any]:
+    key, equals, value = text.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise BadInput(f"{text!r}: expected key=value, such as training.learning_rate=1e-3")
+    if not value.strip():
+        raise BadInput(f"{key}: has no value; write {key}=null for none")
+    return path, yamltext.load(value, key)
+
+
+def _canonical(name: str) -> str:
+    return METHODS.aliases.get(name, name)
+
+
+def _arm_settings(arms: dict[str, Any], name: str) -> tuple[dict[str, Any], str] | None:
+    for candidate in dict.fromkeys((name, _canonical(name))):
+        if candidate in arms:
+            settings = arms[candidate]
+            if settings is not None and not isinstance(settings, dict):
+                raise BadInput(f"arms.{candidate}: expected a mapping of settings, found {settings!r}")
+            return copy.deepcopy(settings or {}), candidate
+    if _canonical(name) in METHODS.names():
+        return {"method": _canonical(name)}, _canonical(name)
+    return None
+
+
+def _apply_arm(data: dict[str, Any], sources: dict[str, str], arms: dict[str, Any], name: str) -> str:
+    """Lays an arm over the recipe and returns its name."""
+    found = _arm_settings(arms, name)
+    if found is None and "+" in name:
+        method, _, head = name.rpartition("+")
+        found = _arm_settings(arms, method)
+        if found is not None:
+            HEADS.get(head)
+            found[0]["head"] = head
+            found = found[0], name
+    if found is None:
+        known = sorted({*arms, *METHODS.names()})
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+        raise BadInput(f"method: {name!r} is neither an arm of the recipe nor a method; {hint}")
+    settings, label = found
+    for key, value in settings.items():
+        if key == "note":
+            continue
+        if key == "training" and isinstance(value, dict):
+            below = data.setdefault(key, {})
+            if isinstance(below, dict):
+                below.update(value)
+        else:
+            data[key] = value
+            for path in [path for path in sources if path.startswith(f"{key}.")]:
+                del sources[path]
+        _mark(sources, {key: value}, f"arm {label}")
+    return label
+
+
+def _set(data: dict[str, Any], sources: dict[str, str], path: list[str], value: Any) -> None:
+    """Sets one value; `method.er.budget` reaches into the method of that name."""
+    dotted = ".".join(path)
+    where: Any = data
+    if len(path) > 1 and path[0] in BLOCKS:
+        where, path = _block(data, path), path[2:] if len(path) > 2 else []
+        if not path:
+            if not isinstance(value, dict):
+                raise BadInput(f"{dotted}: expected a mapping of settings, found {value!r}")
+            where.update(value)
+            _mark(sources, _nest(dotted, value), "command line")
+            return
+    for number, part in enumerate(path[:-1]):
+        below = where.get(part)
+        if below is None:
+            below = where[part] = {}
+        if not isinstance(below, dict):
+            raise BadInput(f"{dotted}: {'.'.join(path[: number + 1])} is {below!r}, which has no settings inside")
+        where = below
+    where[path[-1]] = value
+    for known in [known for known in sources if known.startswith(f"{dotted}.")]:
+        del sources[known]
+    sources[dotted] = "command line"
+
+
+def _nest(dotted: str, value: Any) -> dict[str, Any]:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def _block(data: dict[str, Any], path: list[str]) -> dict[str, Any]:
+    """The settings of one plug-in of a block, as a dict inside `data` that can be changed."""
+    field, name = path[0], path[1]
+    wanted = BLOCKS[field].aliases.get(name, name)
+    block = data.get(field)
+    if block is None and field != "head":
+        block = Recipe.model_fields[field].default
+    items = block if isinstance(block, list) else [] if block is None else [block]
+    normal: list[Any] = []
+    for item in items:
+        if isinstance(item, dict):
+            normal += [{key: dict(value or {})} for key, value in item.items()]
+        else:
+            normal.append({item: {}})
+    data[field] = normal if field == "method" else normal[0] if len(normal) == 1 else (normal or None)
+    for item in normal:
+        for key in item:
+            if BLOCKS[field].aliases.get(str(key), key) == wanted:
+                return item[key]
+    names = ", ".join(str(key) for item in normal for key in item) or "none"
+    raise BadInput(f"{field}.{name}: the recipe's {field} is {names}; add {field}={name} to change it")
+
+
+def _mark(sources: dict[str, str], value: Any, source: str, prefix: str = "") -> None:
+    """Notes where every leaf comes from. List items that are plug-ins go by their name."""
+    if isinstance(value, dict):
+        if prefix:
+            sources[prefix] = source
+        for key, below in value.items():
+            _mark(sources, below, source, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and prefix in BLOCKS:
+        for item in value:
+            _mark(sources, item if isinstance(item, dict) else {str(item): {}}, source, prefix)
+    elif isinstance(value, str) and prefix in BLOCKS:
+        sources[f"{prefix}.{BLOCKS[prefix].aliases.get(value, value)}"] = source
+    else:
+        sources[prefix] = source
+
+
+def source_of(recipe: Recipe, dotted: str) -> str:
+    """Where a setting's value comes from: "default", "recipe NAME", "arm NAME" or "command line"."""
+    exact = recipe._sources.get(dotted)
+    if exact is not None:
+        return exact
+    parts = dotted.split(".")
+    if parts[0] in BLOCKS:
+        return "default"
+    # A whole block given at once (stream={...}) marks its leaves, so only a set ancestor without leaves counts.
+    for end in range(len(parts) - 1, 0, -1):
+        ancestor = ".".join(parts[:end])
+        if recipe._sources.get(ancestor) == "command line" and not any(
+            key.startswith(f"{ancestor}.") for key in recipe._sources
+        ):
+            return "command line"
+    return "default"
+
+
+# ---- checks
+def _validate(data: dict[str, Any]) -> Recipe:
+    try:
+        return Recipe(**data)
+    except ValidationError as error:
+        raise BadInput(explain_nested(error, Recipe)) from None
+    except TypeError as error:  # a key that is no identifier
+        raise BadInput(f"recipe: {error}") from None
+
+
+def explain_nested(error: ValidationError, model: type[BaseModel]) -> str:
+    """As `registry.explain`, with near names taken from the model that the wrong key stands in."""
+    lines = []
+    for item in error.errors():
+        path = [part for part in item["loc"] if not (isinstance(part, str) and part.startswith("("))]
+        owner: Any = model
+        for part in path[:-1]:
+            owner = _field_type(owner, part)
+        where = ".".join(str(part) for part in path)
+        if item["type"] == "extra_forbidden":
+            fields = list(getattr(owner, "model_fields", {}))
+            near = difflib.get_close_matches(str(path[-1]), fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else (f"known: {', '.join(fields)}" if fields else "remove it")
+            lines.append(f"{where}: unknown key; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: is missing; set it")
+        elif item["type"] == "value_error":
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
+        else:
+            message = item["msg"][:1].lower() + item["msg"][1:]
+            lines.append(f"{where}: {message}, found {item.get('input')!r}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _field_type(owner: Any, part: Any) -> Any:
+    field = getattr(owner, "model_fields", {}).get(part)
+    if field is None:
+        return None
+    todo = [field.annotation]
+    while todo:
+        kind = todo.pop()
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+        todo += list(getattr(kind, "__args__", ()))
+    return None
+
+
+def _one(field: str, spec: Any) -> tuple[str, Any]:
+    pairs = BLOCKS[field].parse(spec, field)
+    if len(pairs) > 1:
+        raise BadInput(f"{field}: takes one {field}, found {', '.join(name for name, _ in pairs)}; keep one")
+    return pairs[0]
+
+
+def _complete(recipe: Recipe, sources: dict[str, str]) -> Recipe:
+    """Parses the plug-ins' settings, fills in their defaults, and checks what only fits together."""
+    methods = METHODS.parse(recipe.method, "method")
+    objective, objective_config = _one("objective", recipe.objective)
+    head = recipe.head
+    if OBJECTIVES.get(objective).needs_head:
+        if head in (None, "none"):
+            head = "cosine"
+            sources.pop("head", None)
+    elif head not in (None, "none"):
+        raise BadInput(
+            f"head: is {yamltext.inline(head)}, but the objective {objective} trains the model's own output layer; "
+            "remove head, or set objective: classification"
+        )
+    else:
+        head = None
+    head_pair = None if head is None else _one("head", head)
+    check_methods(methods, recipe.protocol, recipe.training)
+    updates: dict[str, Any] = {
+        "method": [{name: config.model_dump(mode="json")} for name, config in methods],
+        "objective": {objective: objective_config.model_dump(mode="json")},
+        "head": None if head_pair is None else {head_pair[0]: head_pair[1].model_dump(mode="json")},
+    }
+    recipe = recipe.model_copy(update=updates)
+    _check_stream(recipe)
+    folder = recipe.folder.expanduser()
+    return recipe.model_copy(update={"output_dir": folder.as_posix()})
+
+
+def _check_stream(recipe: Recipe) -> None:
+    scenario = recipe.stream.scenario
+    if scenario == "boundary_free" and recipe.protocol.boundaries == "train":
+        raise BadInput("protocol.boundaries: is train, but stream.scenario boundary_free has none; set it to none")
+    if scenario == "online" and recipe.training.epochs > 1:
+        raise BadInput(
+            f"training.epochs: is {recipe.training.epochs}, but stream.scenario online is a single pass; set it to 1"
+        )
+
+
+def check_methods(methods: Sequence[tuple[str, Any]], protocol: ProtocolConfig, training: TrainingConfig) -> None:
+    """Checks methods against each other and against the protocol.
+
+    Raises:
+        BadInput: a method stands twice, or two own the criterion or the prediction.
+        ProtocolRefused: something is needed that the protocol does not grant.
+    """
+    built = [METHODS.get(name)(config) for name, config in methods]
+    names = [name for name, _ in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInput(f"method: {name} stands {names.count(name)} times in the list; keep one")
+    for what in ("criterion", "predict"):
+        owners = [method.name for method in built if getattr(method, what) is not None]
+        if len(owners) > 1:
+            raise BadInput(f"method: {' and '.join(owners)} both own the {what}; keep one of them")
+    for method in built:
+        if "task_id" in method.needs and protocol.task_id == "none":
+            raise ProtocolRefused(f"protocol.task_id: is none, but {method.name} needs it; set it to train or test")
+        if "boundaries" in method.needs and protocol.boundaries == "none":
+            raise ProtocolRefused(f"protocol.boundaries: is none, but {method.name} needs them; set it to train")
+        wanted = method.requires_rehearsal()
+        if wanted > protocol.rehearsal:
+            raise ProtocolRefused(
+                f"protocol.rehearsal: grants {protocol.rehearsal} samples, but {method.name} stores {wanted}; "
+                f"raise it to {wanted} or lower the method's budget"
+            )
+        if "all_data" in method.needs and method.status != "upper bound":
+            raise ProtocolRefused(f"method: {method.name} needs all data at once, which only an upper bound may have")
+    if protocol.passes is not None and training.epochs > protocol.passes:
+        raise ProtocolRefused(
+            f"training.epochs: is {training.epochs}, but the protocol grants {protocol.passes} pass(es) over each "
+            "experience; lower it or raise protocol.passes"
+        )
+
+
+# ---- what a recipe says
+def short_name(recipe: Recipe) -> str:
+    """Methods, and the head where it is not the default, joined by `+`."""
+    names = [name for name, _ in METHODS.parse(recipe.method, "method")]
+    head = None if recipe.head in (None, "none") else _one("head", recipe.head)[0]
+    return "+".join([*names, head] if head not in (None, "cosine") else names)
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide what a run computes: all but names, folders and other arms."""
+    return recipe.model_dump(mode="json", exclude=set(LABELS))
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Hex sha256 of `identity`; equal for two recipes that compute the same."""
+    text = json.dumps(identity(recipe), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The name and everything that decides what a run computes, as YAML that `load_recipe` reads back to the same."""
+    return yamltext.dump({"name": recipe.name, **identity(recipe)})
+
+
+def annotated_yaml(recipe: Recipe) -> str:
+    """The complete recipe without the other arms, each value with a comment that says where it comes from."""
+    rows: list[tuple[str, str]] = []
+    _emit(recipe, recipe.model_dump(mode="json", exclude={"arms"}), "", 0, rows)
+    width = min(max(len(text) for text, _ in rows), 60)
+    return "".join(f"{text:<{width}}  # {source}\n" if source else f"{text}\n" for text, source in rows)
+
+
+def _emit(recipe: Recipe, value: dict[str, Any], prefix: str, depth: int, rows: list[tuple[str, str]]) -> None:
+    pad = "  " * depth
+    for key, below in value.items():
+        dotted = f"{prefix}.{key}" if prefix else str(key)
+        name = yamltext.inline(key)
+        if isinstance(below, dict) and below:
+            rows.append((f"{pad}{name}:", ""))
+            _emit(recipe, below, dotted, depth + 1, rows)
+        elif dotted == "method":
+            rows.append((f"{pad}{name}:", ""))
+            for item in below:
+                ((method, settings),) = item.items()
+                start = len(rows)
+                _emit(recipe, {method: settings}, dotted, depth + 2, rows)
+                text, source = rows[start]
+                rows[start] = (f"{pad}  - {text.lstrip()}", source)
+        else:
+            rows.append((f"{pad}{name}: {yamltext.inline(below)}", source_of(recipe, dotted)))
+
+
+def run_folder(root: Path, recipe: Recipe) -> Path:
+    """`<root>/<arm>/seed-<seed>`, where `run` and `compare` put and find a run."""
+    return root / safe(recipe.label) / f"seed-{recipe.seed}"
+
+
+def safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_.+" else "-" for c in name) or "run"

@@ -1,0 +1,146 @@
+"""Finds methods, heads and objectives by name. Imports no torch.
+
+A plug-in is a class in a module of `perdure.methods` (or `heads`, `objectives`), an entry point of the group
+`perdure.methods` (`perdure.heads`, `perdure.objectives`), or any file given to `import_file`. There is no list to edit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Callable, TypeVar
+
+from pydantic import ValidationError
+
+from .errors import BadInput
+
+T = TypeVar("T", bound=type)
+
+
+class Registry:
+    """Names of one kind of plug-in, discovered on first use.
+
+    Args:
+        kind: the package below `perdure` and the entry-point group, e.g. "methods".
+        aliases: other names that users type.
+    """
+
+    def __init__(self, kind: str, aliases: dict[str, str] | None = None):
+        self.kind = kind
+        self.word = kind.rstrip("s")
+        self.aliases = aliases or {}
+        self._classes: dict[str, Any] = {}
+        self._discovered = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Class decorator: makes the class known under `name`."""
+
+        def add(cls: T) -> T:
+            known = self._classes.get(name)
+            if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise BadInput(
+                    f"{self.word} {name!r} is registered twice: by {known.__module__} and by {cls.__module__}; rename one"
+                )
+            cls.name = name  # type: ignore[attr-defined]
+            self._classes[name] = cls
+            return cls
+
+        return add
+
+    def _discover(self) -> None:
+        if self._discovered:
+            return
+        self._discovered = True
+        package = importlib.import_module(f"perdure.{self.kind}")
+        for module in pkgutil.iter_modules(package.__path__):
+            if not module.name.startswith("_"):
+                importlib.import_module(f"perdure.{self.kind}.{module.name}")
+        for point in entry_points(group=f"perdure.{self.kind}"):
+            point.load()
+
+    def names(self) -> list[str]:
+        self._discover()
+        return sorted(self._classes)
+
+    def get(self, name: str) -> Any:
+        """The class registered under `name` or an alias.
+
+        Raises:
+            BadInput: nothing has that name; the message suggests near names.
+        """
+        self._discover()
+        name = self.aliases.get(name, name)
+        if name not in self._classes:
+            near = difflib.get_close_matches(name, self._classes, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(self.names())}"
+            raise BadInput(f"{self.word}: {name!r} is unknown; {hint}")
+        return self._classes[name]
+
+    def parse(self, spec: Any, field: str) -> list[tuple[str, Any]]:
+        """Reads `name`, `{name: settings}` or a list of these into pairs of class name and validated settings.
+
+        Raises:
+            BadInput: a name is unknown or a setting does not fit; the message names the field.
+        """
+        pairs: list[tuple[str, Any]] = []
+        for item in spec if isinstance(spec, (list, tuple)) else [spec]:
+            if isinstance(item, str):
+                item = {item: {}}
+            if not isinstance(item, dict) or not item:
+                raise BadInput(f"{field}: expected a name or {{name: settings}}, found {item!r}")
+            for name, settings in item.items():
+                cls = self.get(str(name))
+                if isinstance(settings, cls.Config):
+                    pairs.append((cls.name, settings))
+                    continue
+                if settings is not None and not isinstance(settings, dict):
+                    raise BadInput(f"{field}.{name}: expected a mapping of settings, found {settings!r}")
+                try:
+                    pairs.append((cls.name, cls.Config(**(settings or {}))))
+                except ValidationError as error:
+                    raise BadInput(explain(error, f"{field}.{name}", cls.Config)) from None
+        if not pairs:
+            raise BadInput(f"{field}: is empty; name at least one {self.word}")
+        return pairs
+
+
+def explain(error: ValidationError, prefix: str, model: Any = None) -> str:
+    """One line per wrong field: its dotted name, what was found, what is allowed."""
+    lines = []
+    for item in error.errors():
+        where = ".".join([prefix, *(str(part) for part in item["loc"])]).strip(".")
+        if item["type"] == "extra_forbidden":
+            fields = list(getattr(model, "model_fields", {}))
+            near = difflib.get_close_matches(str(item["loc"][-1]), fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else (f"known: {', '.join(fields)}" if fields else "remove it")
+            lines.append(f"{where}: unknown key; {hint}")
+        else:
+            lines.append(f"{where}: {item['msg'].lower()}, found {item.get('input')!r}")
+    return "\n".join(lines)
+
+
+def import_file(path: str | Path) -> None:
+    """Runs a user's Python file so that the plug-ins in it register.
+
+    Raises:
+        BadInput: the file does not exist or is not Python.
+    """
+    path = Path(path)
+    if not path.is_file() or path.suffix != ".py":
+        raise BadInput(f"--import: {path} is not a Python file")
+    name = f"perdure_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+
+
+METHODS = Registry("methods", aliases={"replay": "er"})
+HEADS = Registry("heads")
+OBJECTIVES = Registry("objectives")

@@ -1,0 +1,298 @@
+"""Assembles, checks, writes and reads report.json and comparison.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput, CannotWrite
+from ..evaluation.compare import COMPARISON_SCHEMA
+from ..evaluation.metrics import check_matrix, check_row, summary
+
+REPORT_SCHEMA = 1
+METRICS = ("accuracy", "perplexity")
+
+_TEXT = (str,)
+_OPTIONAL_TEXT = (str, type(None))
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "schema": (int,),
+    "name": _TEXT,
+    "method": _TEXT,
+    "head": _OPTIONAL_TEXT,
+    "model": _TEXT,
+    "stream": _TEXT,
+    "objective": _TEXT,
+    "metric": _TEXT,
+    "higher_is_better": (bool,),
+    "seed": (int,),
+    "protocol": (Mapping,),
+    "training": (Mapping,),
+    "details": (Mapping,),
+    "matrix": (Sequence,),
+    "baseline": (Sequence, type(None)),
+    "metrics": (Mapping,),
+    "plasticity": (Mapping,),
+    "cost": (Mapping,),
+    "curves": (Mapping,),
+    "router": (Mapping,),
+    "environment": (Mapping,),
+    "status": _TEXT,
+    "notes": (Sequence,),
+}
+_METRIC_KEYS = ("average_accuracy", "average_incremental_accuracy", "forgetting", "backward_transfer")
+_METRIC_KEYS += ("forward_transfer", "learning_accuracy")
+_COST_KEYS = ("seconds", "trainable_parameters", "stored_bytes")
+
+
+def build_report(
+    *,
+    name: str,
+    method: str,
+    head: str | None,
+    model: str,
+    stream: str,
+    objective: str,
+    metric: str,
+    higher_is_better: bool,
+    seed: int,
+    protocol: Mapping[str, Any],
+    training: Mapping[str, Any],
+    details: Mapping[str, Any],
+    matrix: Sequence[Sequence[float | None]],
+    baseline: Sequence[float | None] | None,
+    cost: Mapping[str, Any],
+    status: str,
+    plasticity: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float | None] | None = None,
+    curves: Mapping[str, Any] | None = None,
+    router: Mapping[str, Mapping[str, float]] | None = None,
+    environment: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """A run's report, schema 1, with `metrics` computed from the matrix.
+
+    Args:
+        matrix: R[i][j], score on experience j after learning experience i; None where not measured.
+        baseline: scores before any learning, or None.
+        cost: at least `seconds`, `trainable_parameters`, `stored_bytes`.
+        metrics: further figures (anytime accuracy, intransigence) beside those of R.
+        curves: `loss`: [[step, experience, value]].
+        router: site -> figure -> value.
+        status: "complete" or "running".
+
+    Raises:
+        BadInput: as `validate_report`.
+    """
+    rows = check_matrix(matrix, "matrix")
+    figures = {**summary(rows, higher_is_better, baseline), **(metrics or {})}
+    report = {
+        "schema": REPORT_SCHEMA,
+        "name": name,
+        "method": method,
+        "head": head,
+        "model": model,
+        "stream": stream,
+        "objective": objective,
+        "metric": metric,
+        "higher_is_better": higher_is_better,
+        "seed": seed,
+        "protocol": dict(protocol),
+        "training": dict(training),
+        "details": dict(details),
+        "matrix": rows,
+        "baseline": None if baseline is None else check_row(baseline, "baseline"),
+        "metrics": figures,
+        "plasticity": dict(plasticity or {}),
+        "cost": dict(cost),
+        "curves": dict(curves or {}),
+        "router": {site: dict(stats) for site, stats in (router or {}).items()},
+        "environment": dict(environment or {}),
+        "status": status,
+        "notes": list(notes),
+    }
+    return validate_report(report)
+
+
+def validate_report(report: Any, where: str = "report") -> dict[str, Any]:
+    """Checks a run's report and returns it; keys beyond the schema are kept.
+
+    Raises:
+        BadInput: another schema, a field missing or of the wrong type, a number that is not finite; names the field.
+    """
+    if not isinstance(report, Mapping):
+        raise BadInput(f"{where}: expected an object, found {type(report).__name__}")
+    _check_schema(report, REPORT_SCHEMA, where)
+    _check_fields(report, _FIELDS, where)
+    if report["metric"] not in METRICS:
+        raise BadInput(f"{where}: metric: found {report['metric']!r}; must be one of {', '.join(METRICS)}")
+    if report["status"] not in ("complete", "running"):
+        raise BadInput(f"{where}: status: found {report['status']!r}; must be 'complete' or 'running'")
+    check_matrix(report["matrix"], f"{where}: matrix")
+    if report["baseline"] is not None:
+        check_row(report["baseline"], f"{where}: baseline")
+    for block, keys in (("metrics", _METRIC_KEYS), ("cost", _COST_KEYS)):
+        for key in keys:
+            if key not in report[block]:
+                raise BadInput(f"{where}: {block}.{key}: is missing; write null where it was not measured")
+    _check_numbers(report["metrics"], f"{where}: metrics")
+    for number, point in enumerate(report["curves"].get("loss", ())):
+        if not isinstance(point, Sequence) or len(point) != 3:
+            raise BadInput(f"{where}: curves.loss: point {number}: expected [step, experience, value], found {point!r}")
+    for site, stats in report["router"].items():
+        if not isinstance(stats, Mapping):
+            raise BadInput(f"{where}: router.{site}: expected figures by name, found {stats!r}")
+        _check_numbers(stats, f"{where}: router.{site}")
+    _check_finite(report, where)
+    return dict(report)
+
+
+_ROW_FIELDS: dict[str, tuple[type, ...]] = {
+    "arm": _TEXT,
+    "method": _TEXT,
+    "head": _OPTIONAL_TEXT,
+    "seeds": (Sequence,),
+    "metrics": (Mapping,),
+    "cost": (Mapping,),
+    "difference": (Mapping, type(None)),
+    "status": _TEXT,
+    "note": _TEXT,
+    "runs": (Sequence,),
+}
+_COMPARISON_FIELDS: dict[str, tuple[type, ...]] = {
+    "schema": (int,),
+    "recipe": _TEXT,
+    "metric": _TEXT,
+    "higher_is_better": (bool,),
+    "reference": _TEXT,
+    "illustration": (bool,),
+    "rows": (Sequence,),
+    "protocol": (Mapping,),
+    "stream": _TEXT,
+    "environment": (Mapping,),
+    "runs": (Sequence,),
+}
+
+
+def validate_comparison(comparison: Any, where: str = "comparison") -> dict[str, Any]:
+    """Checks the content of comparison.json and returns it.
+
+    Raises:
+        BadInput: as `validate_report`.
+    """
+    if not isinstance(comparison, Mapping):
+        raise BadInput(f"{where}: expected an object, found {type(comparison).__name__}")
+    _check_schema(comparison, COMPARISON_SCHEMA, where)
+    _check_fields(comparison, _COMPARISON_FIELDS, where)
+    if not comparison["rows"]:
+        raise BadInput(f"{where}: rows: is empty; a comparison has at least one arm")
+    for number, row in enumerate(comparison["rows"]):
+        _check_fields(row, _ROW_FIELDS, f"{where}: rows.{number}")
+        for block in ("metrics", "cost", "difference"):
+            for key, value in (row[block] or {}).items():
+                if not isinstance(value, Mapping) or not {"mean", "low", "high"} <= set(value):
+                    raise BadInput(
+                        f"{where}: rows.{number}.{block}.{key}: expected mean, low and high, found {value!r}"
+                    )
+    _check_finite(comparison, where)
+    return dict(comparison)
+
+
+def _check_schema(data: Mapping[str, Any], schema: int, where: str) -> None:
+    if data.get("schema") != schema:
+        raise BadInput(
+            f"{where}: schema: found {data.get('schema')!r}, this version reads {schema}; "
+            "rebuild it with the version of perdure that wrote it"
+        )
+
+
+def _check_fields(data: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:
+    if not isinstance(data, Mapping):
+        raise BadInput(f"{where}: expected an object, found {data!r}")
+    for field, types in fields.items():
+        if field not in data:
+            raise BadInput(f"{where}: {field}: is missing")
+        value = data[field]
+        wrong = isinstance(value, str) and str not in types or isinstance(value, bool) and bool not in types
+        if wrong or not isinstance(value, types):
+            names = " or ".join("null" if t is type(None) else t.__name__.lower() for t in types)
+            raise BadInput(f"{where}: {field}: expected {names}, found {value!r:.80}")
+
+
+def _check_numbers(block: Mapping[str, Any], where: str) -> None:
+    for key, value in block.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise BadInput(f"{where}.{key}: expected a number or null, found {value!r}")
+
+
+def _check_finite(value: Any, where: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_finite(item, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            _check_finite(item, f"{where}[{number}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise BadInput(f"{where}: found {value!r}; JSON holds finite numbers only, write null")
+
+
+# ---- files
+def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Writes JSON (UTF-8, no NaN) aside and renames it, so that a reader never sees half a file.
+
+    Raises:
+        CannotWrite: the folder is full or not writable.
+    """
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a UTF-8 text file aside and renames it.
+
+    Raises:
+        CannotWrite: the folder is full or not writable.
+    """
+    path = Path(path)
+    aside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise CannotWrite(
+            f"{path}: cannot be written: {error.strerror}; free space or choose another folder"
+        ) from error
+
+
+def read_report(path: str | Path) -> dict[str, Any]:
+    """Reads and checks a report.json.
+
+    Raises:
+        BadInput: the file is absent, not JSON, or not a report of this schema.
+    """
+    return validate_report(_read(path), Path(path).name)
+
+
+def read_comparison(path: str | Path) -> dict[str, Any]:
+    """Reads and checks a comparison.json.
+
+    Raises:
+        BadInput: as `read_report`.
+    """
+    return validate_comparison(_read(path), Path(path).name)
+
+
+def _read(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}; give the path of a finished run") from error
+    except ValueError as error:
+        raise BadInput(f"{path}: is not valid JSON ({error}); run it again or remove the file") from error

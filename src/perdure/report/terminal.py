@@ -1,0 +1,128 @@
+"""Tables for the terminal: one run, one comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation.metrics import check_matrix, row_averages
+from . import words
+from .plots import names_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+MOST_COLUMNS = 10
+_HEADINGS = {
+    "average_accuracy": "average",
+    "forgetting": "forgetting",
+    "learning_accuracy": "learning",
+    "trainable_parameters": "trainable",
+    "stored_bytes": "stored",
+    "seconds": "time",
+}
+
+
+def run_table(report: Mapping[str, Any]) -> Table:
+    """The matrix of a run: a row for each experience learnt, the last ten columns where there are more."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows, names, metric = check_matrix(report["matrix"]), names_of(report), report["metric"]
+    shown = list(range(len(rows[0]) if rows else 0))[-MOST_COLUMNS:]
+    unit = "per cent" if metric == "accuracy" else ""
+    title = f"{escape(words.label('average_accuracy', metric))} and its parts{', ' + unit if unit else ''}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("after learning", overflow="fold")
+    for j in shown:
+        table.add_column(f"{j + 1}", justify="right", no_wrap=True)
+    table.add_column("average", justify="right", no_wrap=True)
+    for i, (row, mean) in enumerate(zip(rows, row_averages(rows), strict=True)):
+        name = f"{i + 1} {names[i]}" if names[i] != str(i + 1) else names[i]
+        table.add_row(escape(name), *(words.score(row[j], metric) for j in shown), words.score(mean, metric))
+    return table
+
+
+def figures_table(report: Mapping[str, Any]) -> Table:
+    """The headline figures and the cost of a run."""
+    from rich import box
+    from rich.table import Table
+
+    metric = report["metric"]
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name in ("average_accuracy", "average_incremental_accuracy", "forgetting", "learning_accuracy"):
+        table.add_row(words.label(name, metric), _with_unit(report["metrics"].get(name), name, metric))
+    for name in ("trainable_parameters", "stored_bytes", "seconds"):
+        table.add_row(words.label(name), words.figure(name, report["cost"].get(name)))
+    return table
+
+
+def _with_unit(value: float | None, name: str, metric: str) -> str:
+    unit = words.unit(name, metric) if value is not None else ""
+    return f"{words.figure(name, value, metric)} {unit}".rstrip()
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> Table:
+    """One row for each arm; the best honest value of each column is bold, upper bounds and controls are named."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    metric = comparison["metric"]
+    best = words.best_cells(comparison)
+    title = escape(comparison["recipe"]) + (
+        " [yellow]· illustration (one seed)[/]" if comparison["illustration"] else ""
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("arm", overflow="fold", min_width=10)
+    for _, name in words.COLUMNS:
+        table.add_column(_HEADINGS[name], justify="right", no_wrap=True)
+    for i, row in enumerate(comparison["rows"]):
+        aside = row["status"] in ("upper bound", "control")
+        name = escape(row["arm"]) + (f" [dim]({row['status']})[/]" if aside else "")
+        cells = []
+        for block, column in words.COLUMNS:
+            shown = escape(words.interval(column, row[block].get(column), metric))
+            cells.append(f"[bold]{shown}[/]" if (i, column) in best else shown)
+        table.add_row(name, *cells, style="dim" if row["status"] == "upper bound" else None)
+    return table
+
+
+def print_run(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints a run: what learnt what, the matrix, the figures."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = console or Console()
+    head = f" with head {report['head']}" if report["head"] else ""
+    text = f"{report['method']}{head} on {report['model']}, stream {report['stream']}, seed {report['seed']}"
+    console.print(f"[bold]{escape(report['name'])}[/]  {escape(text)}", highlight=False)
+    if report["status"] != "complete":
+        console.print("[yellow]still running[/]")
+    console.print(run_table(report))
+    console.print(figures_table(report))
+    for note in report["notes"]:
+        console.print(escape(f"note: {note}"), highlight=False)
+
+
+def print_comparison(comparison: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints a comparison: the table, what bold means, the arms' notes."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = console or Console()
+    console.print(comparison_table(comparison))
+    legend = "average and learning accuracy, forgetting: per cent; " if comparison["metric"] == "accuracy" else ""
+    legend += "bold: best of the column, upper bounds aside"
+    if any(len(row["seeds"]) > 1 for row in comparison["rows"]):
+        legend += "; ±: half of the 95 % interval over seeds"
+    if comparison["illustration"]:
+        legend += "; one seed is an illustration, not evidence"
+    console.print(legend, style="dim", highlight=False)
+    for row in comparison["rows"]:
+        if row["note"]:
+            console.print(escape(f"{row['arm']}: {row['note']}"), style="dim", highlight=False)

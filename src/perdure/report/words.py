@@ -1,0 +1,194 @@
+"""Names and number formats that the terminal and the page share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..evaluation.metrics import direction
+
+DASH = "–"
+DIFFERENCES = frozenset(
+    {"forgetting", "backward_transfer", "backward_transfer_clipped", "forward_transfer", "intransigence"}
+)
+# The columns of a comparison: (block, figure).
+COLUMNS = (
+    ("metrics", "average_accuracy"),
+    ("metrics", "forgetting"),
+    ("metrics", "learning_accuracy"),
+    ("cost", "trainable_parameters"),
+    ("cost", "stored_bytes"),
+    ("cost", "seconds"),
+)
+_LABELS = {
+    "average_accuracy": "Average {m}",
+    "average_incremental_accuracy": "Average incremental {m}",
+    "forgetting": "Forgetting",
+    "backward_transfer": "Backward transfer",
+    "backward_transfer_clipped": "Backward transfer, gains clipped",
+    "forward_transfer": "Forward transfer",
+    "learning_accuracy": "Learning {m}",
+    "worst_experience": "Worst experience",
+    "transfer": "Transfer (X-TAIL)",
+    "average": "Average (X-TAIL)",
+    "last": "Last (X-TAIL)",
+    "anytime_accuracy": "Anytime {m}",
+    "intransigence": "Intransigence",
+    "trainable_parameters": "Trainable parameters",
+    "total_parameters": "All parameters",
+    "stored_bytes": "Stored",
+    "seconds": "Time",
+    "steps": "Optimizer steps",
+    "extra_passes": "Extra passes",
+    "feature_drift": "Drift of old features (cosine distance)",
+    "output_ratio": "Memory output against the layer's own",
+    "closed_share": "Share of tokens with no item open",
+}
+HINTS = {
+    "average_accuracy": "over all experiences, at the end",
+    "average_incremental_accuracy": "mean of the averages after each experience",
+    "forgetting": "lost since the best score, mean over old experiences",
+    "learning_accuracy": "on each experience just after learning it",
+    "backward_transfer": "change since just learnt; negative is loss",
+    "forward_transfer": "on the next experience, against no learning",
+    "worst_experience": "lowest final score",
+    "trainable_parameters": "trained at the end of the stream",
+    "stored_bytes": "state kept beside the base model",
+    "seconds": "wall clock of the run",
+}
+
+
+def label(name: str, metric: str = "accuracy") -> str:
+    """What a reader sees for a figure's key; unknown keys lose their underscores."""
+    known = _LABELS.get(name)
+    if known is not None:
+        return known.format(m=metric)
+    words = name.replace("_", " ").strip()
+    return words[:1].upper() + words[1:]
+
+
+def is_score(name: str) -> bool:
+    """True for figures in the unit of the run's metric."""
+    return name not in ("trainable_parameters", "total_parameters", "stored_bytes", "seconds", "steps", "extra_passes")
+
+
+def unit(name: str, metric: str = "accuracy") -> str:
+    """What stands behind a score: per cent, points for differences, nothing for perplexity."""
+    if metric != "accuracy":
+        return ""
+    return "points" if name in DIFFERENCES else "%"
+
+
+def minus(text: str) -> str:
+    return text.replace("-", "\u2212")
+
+
+def score(value: float | None, metric: str = "accuracy", digits: int = 1) -> str:
+    """A score: accuracy in per cent without the sign, perplexity as it is."""
+    if value is None:
+        return DASH
+    if metric == "accuracy":
+        return minus(_plain(f"{100 * value:.{digits}f}"))
+    digits = 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
+    return minus(_plain(f"{value:,.{digits}f}"))
+
+
+def _plain(text: str) -> str:
+    # "-0.0" is a rounding of nothing.
+    return text.lstrip("-") if text.startswith("-") and not text.strip("-0.,") else text
+
+
+def count(value: float | None) -> str:
+    if value is None:
+        return DASH
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.3g} {unit}"
+    return f"{value:,.0f}"
+
+
+def size(value: float | None) -> str:
+    if value is None:
+        return DASH
+    for unit_size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(value) >= unit_size:
+            return f"{value / unit_size:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return DASH
+    if value < 90:
+        return f"{value:.3g} s"
+    if value < 5400:
+        return f"{value / 60:.3g} min"
+    return f"{value / 3600:.3g} h"
+
+
+def figure(name: str, value: Any, metric: str = "accuracy") -> str:
+    """Any figure of a report as text in its own unit."""
+    if value is None:
+        return DASH
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return text(value)
+    if name == "seconds" or name.endswith("_seconds"):
+        return seconds(value)
+    if name.endswith("bytes"):
+        return size(value)
+    if name.endswith("parameters"):
+        return count(value)
+    return count(value) if not is_score(name) else score(value, metric)
+
+
+def number(value: Any) -> str:
+    """A figure without a unit, to four significant digits."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return text(value)
+    if isinstance(value, int):
+        return minus(f"{value:,}")
+    return minus(f"{value:.4g}")
+
+
+def text(value: Any) -> str:
+    """A setting as a reader writes it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}: {text(v)}" for k, v in value.items()) or DASH
+    if isinstance(value, (list, tuple)):
+        return ", ".join(text(v) for v in value) or DASH
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def interval(name: str, entry: Mapping[str, Any] | None, metric: str = "accuracy") -> str:
+    """`mean ± half of the interval`; the mean alone for one seed."""
+    if not entry or entry["mean"] is None:
+        return DASH
+    shown = figure(name, entry["mean"], metric)
+    if entry["low"] is None or entry["high"] is None or not is_score(name):
+        return shown
+    half = (entry["high"] - entry["low"]) / 2
+    return f"{shown}\u00a0±\u00a0{score(half, metric)}"
+
+
+def signed(name: str, value: float | None, metric: str = "accuracy") -> str:
+    shown = figure(name, value, metric)
+    return f"+{shown}" if value is not None and value > 0 and shown.strip("0.") else shown
+
+
+def best_cells(comparison: Mapping[str, Any]) -> set[tuple[int, str]]:
+    """(row, figure) of the best value of each column, as shown; upper bounds do not compete, ties all count."""
+    best: set[tuple[int, str]] = set()
+    honest = [(i, row) for i, row in enumerate(comparison["rows"]) if row["status"] != "upper bound"]
+    for block, name in COLUMNS:
+        means = {i: (row[block].get(name) or {}).get("mean") for i, row in honest}
+        kept = {i: m for i, m in means.items() if m is not None}
+        if not kept:
+            continue
+        top = (max if direction(name, comparison["higher_is_better"]) else min)(kept.values())
+        shown = figure(name, top, comparison["metric"])
+        best |= {(i, name) for i, m in kept.items() if figure(name, m, comparison["metric"]) == shown}
+    return best

@@ -1,0 +1,258 @@
+"""What the loop offers to methods, so that none needs a loop of its own (DESIGN section 3, services)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .memory.observe import RouterLog
+from .memory.protect import InputMoments
+
+if TYPE_CHECKING:
+    from .data import Batch, Output, Row, Rows
+    from .hosts import Site
+    from .loop import Loop
+    from .replay import ReplayBuffer
+
+
+@dataclass
+class ClassStatistics:
+    """Features of one class: `mean` [D], `covariance` [D, D] (of the rows, not unbiased), `count`."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int
+
+
+_SAME_INPUT = {"query": "attention", "key": "attention", "value": "attention", "ffn_in": "ffn", "ffn_gate": "ffn"}
+
+
+def input_key(site: Site) -> tuple[Any, ...]:
+    """Equal for sites of one block that read the same tensor: query, key and value; both inputs of a gated feed-forward."""
+    shared = _SAME_INPUT.get(site.role)
+    return (site.tower, site.layer, shared) if shared else (site.tower, site.layer, site.path)
+
+
+class Services:
+    """The loop as methods see it; they hold it as `self.loop`."""
+
+    def __init__(self, loop: Loop):
+        self._loop = loop
+        self.router_log = RouterLog()
+        self._previous: nn.Module | None = None
+
+    # ---- facts
+    @property
+    def generator(self) -> torch.Generator:
+        """The methods' own random stream (CPU); part of the state."""
+        return self._loop.generator
+
+    @property
+    def replay(self) -> ReplayBuffer:
+        """The only rehearsal buffer; its budget is what the protocol grants."""
+        return self._loop.replay
+
+    @property
+    def host(self) -> Any:
+        return self._loop.host
+
+    @property
+    def device(self) -> torch.device:
+        return self._loop.device
+
+    @property
+    def write_id(self) -> int:
+        """Id of the write under way, for ownership of bank items."""
+        return len(self._loop.writes) - 1
+
+    @property
+    def experiences_learnt(self) -> int:
+        return len(self._loop.history) - 1
+
+    @property
+    def knows_boundaries(self) -> bool:
+        return self._loop.protocol.boundaries == "train"
+
+    @property
+    def first_epoch(self) -> bool:
+        """True while the rows of the current experience are seen for the first time."""
+        return self._loop.epoch == 0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken in the whole run, this one not counted."""
+        return self._loop.counters.steps
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class name -> id of all classes seen."""
+        return self._loop.labels
+
+    def head_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        head = self._loop.auxiliary_head or self._loop.head
+        return [] if head is None else head.parameters()
+
+    # ---- data
+    def extend(self, batch: Batch, rows: Sequence[Row]) -> Batch:
+        """The batch with `rows` from the buffer appended and marked as rehearsed."""
+        from .loading import make_batch
+
+        if not rows:
+            return batch
+        loop = self._loop
+        everything = [*batch.rows, *rows]
+        assert batch.index is not None
+        index = [*batch.index.tolist(), *[-1] * len(rows)]
+        labels = loop.labels if loop.head is not None else None
+        longer = make_batch(loop.objective, loop.processor, everything, labels, index, training=False, seeds=None)
+        old = len(batch)
+        if batch.labels is not None and longer.labels is not None and longer.labels.ndim == 1:
+            longer.labels[:old] = batch.labels  # keeps the marks of fillers
+        before = batch.rehearsed if batch.rehearsed is not None else torch.zeros(old, dtype=torch.bool)
+        return replace(longer, rehearsed=torch.cat([before, torch.ones(len(rows), dtype=torch.bool)]), extra=batch.extra)
+
+    # ---- passes
+    def capture(self, sites: Sequence[Site], rows: Rows) -> dict[str, InputMoments]:
+        """Second moments of layer inputs over real tokens, by site name.
+
+        One counted extra pass over `rows` in evaluation mode. Sites with the same input (query, key, value) share one.
+        """
+        from .bookkeeping import quiet
+
+        loop = self._loop
+        statistics: dict[str, InputMoments] = {}
+        by_input: dict[tuple[Any, ...], str] = {}
+        handles = []
+        mask: list[Tensor | None] = [None]
+
+        def listen(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                x = inputs[0].detach()
+                fits = mask[0] is not None and mask[0].shape == x.shape[:-1]
+                statistics[name].add(x, mask[0] if fits else None)
+
+            return hook
+
+        for site in sites:
+            if input_key(site) in by_input:
+                continue
+            by_input[input_key(site)] = site.name
+            statistics[site.name] = InputMoments(site.in_features, device=loop.device)
+            handles.append(site.module.register_forward_pre_hook(listen(site.name)))
+        try:
+            with quiet(loop.model), torch.no_grad():
+                for batch in loop.batches(rows):
+                    found = batch.inputs.get("attention_mask")
+                    mask[0] = None if found is None else found.bool()
+                    loop.objective.forward(loop.model, None, batch, loop.pooling)
+        finally:
+            for handle in handles:
+                handle.remove()
+        loop.counters.extra_passes += 1
+        loop.counters.extra_rows += len(rows)
+        return {site.name: statistics[by_input[input_key(site)]] for site in sites}
+
+    def gradients(
+        self, rows: Rows, loss: Callable[[Batch, Output], Tensor] | None = None, per_sample: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        """Gradients of all trained parameters, one dict a batch (mean loss), or one a row with `per_sample`.
+
+        For Fisher information, sensitivity masks and reference gradients. Evaluation mode; leaves `.grad` as it was.
+        """
+        from .bookkeeping import quiet
+
+        loop = self._loop
+        named = loop.named_trainable()
+        with quiet(loop.model):
+            for batch in loop.batches(rows) if not per_sample else self._single(rows):
+                output = loop.system(batch, True)
+                if loss is not None:
+                    value = loss(batch, output)
+                else:
+                    summed, count = loop.objective.loss(batch, output, None)
+                    value = summed / count.clamp(min=1)
+                found = torch.autograd.grad(value, [p for _, p in named], allow_unused=True)
+                yield {
+                    name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in zip(named, found, strict=True)
+                }
+        loop.counters.extra_passes += 1
+        loop.counters.extra_rows += len(rows)
+
+    def _single(self, rows: Rows) -> Iterator[Batch]:
+        for row in rows:
+            yield from self._loop.batches([row])
+
+    def class_statistics(self, rows: Rows) -> dict[str, ClassStatistics]:
+        """Mean and covariance of the features of each class in `rows`; one counted extra pass."""
+        from .bookkeeping import quiet
+
+        loop = self._loop
+        features, labels = [], []
+        with quiet(loop.model), torch.no_grad():
+            for batch in loop.batches(rows):
+                output = loop.objective.forward(loop.model, None, batch, loop.pooling)
+                assert output.features is not None and batch.labels is not None
+                features.append(output.features.float())
+                labels.append(batch.labels)
+        loop.counters.extra_passes += 1
+        loop.counters.extra_rows += len(rows)
+        every, ids = torch.cat(features), torch.cat(labels)
+        names = {number: name for name, number in loop.labels.items()}
+        found = {}
+        for number in ids.unique().tolist():
+            mine = every[ids == number]
+            mean = mine.mean(0)
+            centred = mine - mean
+            found[names[number]] = ClassStatistics(mean, centred.T @ centred / len(mine), len(mine))
+        return found
+
+    # ---- the old model
+    def remember_model(self) -> None:
+        """Takes a frozen copy of the system as it is now; what is frozen already is shared, not copied."""
+        loop = self._loop
+        tensors, values = loop.learnt_state()
+        self._previous_learnt = ({name: t.detach().clone() for name, t in tensors.items()}, copy.deepcopy(values))
+        trained = {id(p) for _, p in loop.named_trainable()}
+        shared = {id(p): p for p in loop.model.parameters() if id(p) not in trained and not p.requires_grad}
+        inner = copy.deepcopy(loop.model, shared)
+        inner.requires_grad_(False).eval()
+        head = loop.auxiliary_head or loop.head
+        self._previous = inner
+        self._previous_head = copy.copy(head)
+        if head is not None and self._previous_head is not None:
+            self._previous_head.module = copy.deepcopy(head.module).requires_grad_(False)
+
+    def previous_state(self) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """The learnt state at the last boundary, kept only while a method needs the old model."""
+        return self._previous_learnt if self._previous is not None else ({}, None)
+
+    def load_previous_state(
+        self, tensors: dict[str, Tensor], values: dict[str, Any] | None, load: Callable[[dict[str, Tensor], dict[str, Any]], None]
+    ) -> None:
+        """Builds the old model again: `load` puts its state into the live one, which is then copied."""
+        if values is not None:
+            load(tensors, values)
+            self.remember_model()
+
+    @property
+    def has_previous_model(self) -> bool:
+        return self._previous is not None
+
+    def previous_model(self, batch: Batch) -> Output:
+        """What the model and head at the end of the last experience give for `batch`, without gradients."""
+        from .errors import BadInput
+
+        if self._previous is None:
+            raise BadInput("previous_model: there is none before the second experience; ask `has_previous_model` first")
+        loop = self._loop
+        with torch.no_grad():
+            return loop.objective.forward(self._previous, self._previous_head, batch, loop.pooling)
+
+    def parameters_changed(self) -> None:
+        """Tells the loop that parameters were added or replaced between steps."""
+        self._loop.parameters_changed()

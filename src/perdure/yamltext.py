@@ -1,0 +1,94 @@
+"""YAML as people mean it: `on` is a word, `1e-3` is a number, a key given twice is an error. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import yaml
+
+from .errors import BadInput
+
+_RESOLVERS = [
+    ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("tag:yaml.org,2002:int", r"^[-+]?[0-9](?:_?[0-9])*$", list("-+0123456789")),
+    (
+        "tag:yaml.org,2002:float",
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$",
+        list("-+.0123456789"),
+    ),
+]
+
+
+class _Loader(yaml.SafeLoader):
+    # YAML 1.2's core schema: the 1.1 default reads `on` as true and `1e-3` as text.
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {name!r} stands here twice; keep one", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, _pattern, _first in _RESOLVERS:
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), _first)
+    _Dumper.add_implicit_resolver(_tag, re.compile(_pattern), _first)
+
+
+def _integer(loader: yaml.Loader, node: yaml.ScalarNode) -> int:
+    # PyYAML reads a leading zero as octal.
+    return int(str(node.value).replace("_", ""))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+def _float(dumper: yaml.Dumper, value: float) -> yaml.ScalarNode:
+    text = repr(value)
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:float", {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(text, text)
+    )
+
+
+_Dumper.add_representer(float, _float)
+
+
+def load(text: str, where: str) -> Any:
+    """Parses YAML.
+
+    Raises:
+        BadInput: the text is no YAML; the message names `where`, the line and the reason.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise BadInput(f"{where}{line}: {error.problem or 'is no YAML'}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise BadInput(f"{where}: is no YAML: {error}") from None
+
+
+def dump(value: Any) -> str:
+    """Block-style YAML in the order given; `load` gives the value back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def inline(value: Any) -> str:
+    """The value on one line."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+    return text.removesuffix("\n").removesuffix("\n...")
