@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "Learner": ("learner", "Learner"),
-    "attach": ("learner", "attach"),
-    "detach": ("learner", "detach"),
+    "attach": ("attach", "attach"),
+    "detach": ("attach", "detach"),
     "Stream": ("streams", "Stream"),
     "Experience": ("streams", "Experience"),
     "Recipe": ("recipe", "Recipe"),
@@ -23,8 +23,9 @@ _NAMES = {
 }
 
 if TYPE_CHECKING:
+    from .attach import attach, detach
     from .heads import register as register_head
-    from .learner import Learner, attach, detach
+    from .learner import Learner
     from .methods import register as register_method
     from .recipe import Recipe, load_recipe
     from .streams import Experience, Stream

@@ -253,15 +253,35 @@ def _explain(cls: Any) -> None:
     else:
         typer.echo(f"closed form: {'yes' if cls.closed_form else 'no'}")
     typer.echo("\nsettings:")
-    fields = cls.Config.model_fields
+    fields, told = cls.Config.model_fields, field_words(cls.Config)
     if not fields:
         typer.echo("  none")
     for key, field in fields.items():
         kind = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
         typer.echo(f"  {key}: {kind.replace('typing.', '').replace('NoneType', 'None')}, {default}")
-        if field.description:
-            typer.echo(f"      {' '.join(field.description.split())}")
+        if key in told:
+            typer.echo(f"      {told[key]}")
+
+
+def field_words(config: type) -> dict[str, str]:
+    """The text that stands below each field of a settings class, its bases included."""
+    import ast
+    import itertools
+    import textwrap
+
+    words: dict[str, str] = {}
+    for cls in reversed(config.__mro__):
+        if not hasattr(cls, "model_fields") or cls.__module__.startswith("pydantic"):
+            continue
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        body = tree.body if isinstance(tree, ast.ClassDef) else []
+        for field, text in itertools.pairwise(body):
+            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+                continue
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                words[field.target.id] = " ".join(str(text.value.value).split())
+    return words
 
 
 @app.command()

@@ -72,7 +72,7 @@ def compare(
 ) -> tuple[dict[str, Any], Path]:
     """Runs what is not finished yet, then writes `comparison.json` and `report.html`.
 
-    Finished runs are reused and unfinished ones go on where they stopped; a run folder made by another recipe is refused.
+    Finished runs are reused and unfinished ones go on where they stopped; a folder of another recipe is refused.
 
     Args:
         recipe, arms, seeds, output_dir: as in `plan`.
@@ -253,4 +253,13 @@ def verdict(comparison: Mapping[str, Any], arm: str, against: str) -> str | None
     where = f"{word} {against}" if mine == theirs else f"{gap} {word} {against}"
     seeds = min(len(rows[each]["seeds"]) for each in (arm, against))
     proof = "; one seed, an illustration" if seeds == 1 else f"; {seeds} seeds"
+    if seeds > 1 and _overlap(*(rows[each]["metrics"]["average_accuracy"] for each in (arm, against))):
+        proof += ", whose intervals overlap: not settled"
     return f"{arm} is {where} in {unit}{judged}: {told}{proof}."
+
+
+def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    bounds = [one.get("low"), one.get("high"), other.get("low"), other.get("high")]
+    if any(bound is None for bound in bounds):
+        return True
+    return one["low"] <= other["high"] and other["low"] <= one["high"]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bookkeeping import Counters, Past, Position, Unlearnt, quiet
 from .data import Batch, Output, Row, Rows
 from .errors import BadInput
 from .heads import Head
-from .bookkeeping import Counters, Past, Position, Unlearnt, quiet
 from .loop import Loop
 from .streams.experience import Experience
 

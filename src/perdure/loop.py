@@ -17,7 +17,6 @@ from .bookkeeping import Counters, Past, Position, Unlearnt, quiet
 from .config import ProtocolConfig, TrainingConfig
 from .data import Batch, Output, Row, Rows
 from .errors import BadInput, NonFiniteLoss
-from .heads import Head
 from .hosts import Host
 from .loading import Plan, Prefetch, derived_seed, make_batch, take, without_fillers
 from .memory.observe import observing

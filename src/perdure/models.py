@@ -103,7 +103,7 @@ def load_model(
 
     Returns:
         model; processor (a tokenizer or an image processor); facts: `name`, `family`, `parameters`, `source`
-        ("package", "folder", "hub" or "scratch") and `hash` (sha256 of the weight files, absent for the hub and scratch).
+        ("package", "folder", "hub", "scratch") and `hash` (sha256 of the weight files; absent for hub and scratch).
 
     Raises:
         BadInput: no such model, no weights, weights of another architecture, or a tokenizer that does not fit.
@@ -397,7 +397,9 @@ def _scratch_config(spec: ScratchModel, vocab: int, processor: Any) -> Any:
             hidden_dropout_prob=spec.dropout,
             attention_probs_dropout_prob=spec.dropout,
         )
-    ids = {key: getattr(processor, key, None) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    ids: dict[str, Any] = {
+        key: getattr(processor, key, None) for key in ("pad_token_id", "bos_token_id", "eos_token_id")
+    }
     if spec.family == "bert":
         return transformers.BertConfig(
             vocab_size=vocab,

@@ -1,4 +1,4 @@
-"""Tokenizers and image processors of our own, and what all of them are asked for. Imports neither torch nor transformers."""
+"""Tokenizers and image processors of our own, and what all are asked for. Imports no torch, no transformers."""
 
 from __future__ import annotations
 
@@ -237,8 +237,8 @@ def _pillow_resize(pixels: np.ndarray, target: tuple[int, ...], resample: int) -
         from PIL import Image
     except ImportError:
         raise BadInput(
-            f"image: found {pixels.shape[0]}x{pixels.shape[1]}, the model takes {target[0]}x{target[1]}; resizing needs "
-            "Pillow: pip install 'perdure[vision]'"
+            f"image: found {pixels.shape[0]}x{pixels.shape[1]}, the model takes {target[0]}x{target[1]}; resizing "
+            "needs Pillow: pip install 'perdure[vision]'"
         ) from None
     image = Image.fromarray(np.ascontiguousarray(pixels))
     return np.asarray(image.resize((target[1], target[0]), Image.Resampling(resample)))
@@ -247,10 +247,10 @@ def _pillow_resize(pixels: np.ndarray, target: tuple[int, ...], resample: int) -
 def _center(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     import numpy as np
 
-    pad = [(max(0, want - have)) for want, have in zip(size, pixels.shape)]
+    pad = [(max(0, want - have)) for want, have in zip(size, pixels.shape[:2], strict=True)]
     if any(pad):
         pixels = np.pad(pixels, [(p // 2, p - p // 2) for p in pad] + [(0, 0)])
-    top, left = ((have - want) // 2 for want, have in zip(size, pixels.shape))
+    top, left = ((have - want) // 2 for want, have in zip(size, pixels.shape[:2], strict=True))
     return pixels[top : top + size[0], left : left + size[1]]
 
 

@@ -19,12 +19,11 @@ from . import yamltext
 from .config import ProtocolConfig, Strict, TrainingConfig
 from .errors import BadInput, ProtocolRefused
 from .models import ModelSource
-from .registry import HEADS, METHODS, OBJECTIVES, Registry
+from .recipe_layers import BLOCKS, DEFAULTS, apply_arm, mark, set_value, split_override
+from .registry import METHODS, OBJECTIVES
 from .streams import StreamConfig
 
 RECIPES = Path(__file__).parent / "recipes"
-BLOCKS: dict[str, Registry] = {"method": METHODS, "head": HEADS, "objective": OBJECTIVES}
-"""Keys whose value is a plug-in's name with its settings."""
 LABELS = ("name", "description", "arm", "arms", "tuning", "output_dir")
 """Keys that do not change what a run computes."""
 
@@ -63,11 +62,11 @@ class Recipe(Strict):
     model: Annotated[Annotated[str, Tag("(name)")] | Annotated[ModelSource, Tag("(scratch)")], Discriminator(_which)]
     """`minilm`, a hub id, a local folder, or `{scratch: {family: ...}}`."""
     stream: StreamConfig
-    objective: Any = "classification"
-    method: Any = "moram"
+    objective: Any = DEFAULTS["objective"]
+    method: Any = DEFAULTS["method"]
     head: Any = None
-    training: TrainingConfig = Field(default_factory=TrainingConfig)
-    protocol: ProtocolConfig = Field(default_factory=ProtocolConfig)
+    training: TrainingConfig = TrainingConfig.model_validate({})
+    protocol: ProtocolConfig = ProtocolConfig.model_validate({})
     seed: int = Field(0, ge=0)
     output_dir: str | None = None
     """Folder of the run; `runs/<name>/<arm>/seed-<seed>` when absent."""
@@ -100,7 +99,7 @@ class Recipe(Strict):
             changes: e.g. `seed=3`, `output_dir="runs/x"`.
         """
         if not self._base:
-            base = self.model_dump(mode="json", exclude={"arm"})
+            base = self.model_dump(mode="json", exclude={"arm"}, exclude_unset=True)
             return _resolve(base, "recipe", [], arm, changes)
         return _resolve(self._base, self._origin, self._overrides, arm, changes)
 
@@ -181,10 +180,10 @@ def make_recipe(settings: dict[str, Any], overrides: Sequence[str] = (), **chang
 def _resolve(
     base: dict[str, Any], origin: str, overrides: Sequence[str], arm: str | None, changes: dict[str, Any]
 ) -> Recipe:
-    typed = [_split_override(text) for text in overrides]
+    typed = [split_override(text) for text in overrides]
     data: dict[str, Any] = copy.deepcopy(base)
     sources: dict[str, str] = {}
-    _mark(sources, data, origin)
+    mark(sources, data, origin)
     arms = data.get("arms") or {}
     if not isinstance(arms, dict):
         raise BadInput(f"arms: expected {{name: settings}}, found {arms!r}")
@@ -194,147 +193,21 @@ def _resolve(
             arm = chosen[-1]
     if arm is not None:
         typed = [(path, value) for path, value in typed if not (path == ["method"] and isinstance(value, str))]
-        data["arm"] = _apply_arm(data, sources, arms, arm)
+        data["arm"] = apply_arm(data, sources, arms, arm)
+        sources["arm"] = "command line"
         heads = [value for path, value in typed if path == ["head"] and isinstance(value, str)]
         if heads and not data["arm"].endswith(f"+{heads[-1]}"):
             data["arm"] += f"+{heads[-1]}"
     for path, value in sorted(typed, key=lambda item: len(item[0]) > 1):  # whole blocks before what lies in them
-        _set(data, sources, path, value)
+        set_value(data, sources, path, value)
     for key, value in changes.items():
-        _set(data, sources, [key], value)
+        set_value(data, sources, [key], value)
     recipe = _validate(data)
     recipe = _complete(recipe, sources)
     recipe._sources.update(sources)
     recipe._base.update(base)
     recipe._origin, recipe._overrides = origin, tuple(overrides)
     return recipe
-
-
-def _split_override(text: str) -> tuple[list[str], Any]:
-    key, equals, value = text.partition("=")
-    path = key.strip().split(".")
-    if not equals or not all(path):
-        raise BadInput(f"{text!r}: expected key=value, such as training.learning_rate=1e-3")
-    if not value.strip():
-        raise BadInput(f"{key}: has no value; write {key}=null for none")
-    return path, yamltext.load(value, key)
-
-
-def _canonical(name: str) -> str:
-    return METHODS.aliases.get(name, name)
-
-
-def _arm_settings(arms: dict[str, Any], name: str) -> tuple[dict[str, Any], str] | None:
-    for candidate in dict.fromkeys((name, _canonical(name))):
-        if candidate in arms:
-            settings = arms[candidate]
-            if settings is not None and not isinstance(settings, dict):
-                raise BadInput(f"arms.{candidate}: expected a mapping of settings, found {settings!r}")
-            return copy.deepcopy(settings or {}), candidate
-    if _canonical(name) in METHODS.names():
-        return {"method": _canonical(name)}, _canonical(name)
-    return None
-
-
-def _apply_arm(data: dict[str, Any], sources: dict[str, str], arms: dict[str, Any], name: str) -> str:
-    """Lays an arm over the recipe and returns its name."""
-    found = _arm_settings(arms, name)
-    if found is None and "+" in name:
-        method, _, head = name.rpartition("+")
-        found = _arm_settings(arms, method)
-        if found is not None:
-            HEADS.get(head)
-            found[0]["head"] = head
-            found = found[0], name
-    if found is None:
-        known = sorted({*arms, *METHODS.names()})
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-        raise BadInput(f"method: {name!r} is neither an arm of the recipe nor a method; {hint}")
-    settings, label = found
-    for key, value in settings.items():
-        if key == "note":
-            continue
-        if key == "training" and isinstance(value, dict):
-            below = data.setdefault(key, {})
-            if isinstance(below, dict):
-                below.update(value)
-        else:
-            data[key] = value
-            for path in [path for path in sources if path.startswith(f"{key}.")]:
-                del sources[path]
-        _mark(sources, {key: value}, f"arm {label}")
-    return label
-
-
-def _set(data: dict[str, Any], sources: dict[str, str], path: list[str], value: Any) -> None:
-    """Sets one value; `method.er.budget` reaches into the method of that name."""
-    dotted = ".".join(path)
-    where: Any = data
-    if len(path) > 1 and path[0] in BLOCKS:
-        where, path = _block(data, path), path[2:] if len(path) > 2 else []
-        if not path:
-            if not isinstance(value, dict):
-                raise BadInput(f"{dotted}: expected a mapping of settings, found {value!r}")
-            where.update(value)
-            _mark(sources, _nest(dotted, value), "command line")
-            return
-    for number, part in enumerate(path[:-1]):
-        below = where.get(part)
-        if below is None:
-            below = where[part] = {}
-        if not isinstance(below, dict):
-            raise BadInput(f"{dotted}: {'.'.join(path[: number + 1])} is {below!r}, which has no settings inside")
-        where = below
-    where[path[-1]] = value
-    for known in [known for known in sources if known.startswith(f"{dotted}.")]:
-        del sources[known]
-    sources[dotted] = "command line"
-
-
-def _nest(dotted: str, value: Any) -> dict[str, Any]:
-    for part in reversed(dotted.split(".")):
-        value = {part: value}
-    return value
-
-
-def _block(data: dict[str, Any], path: list[str]) -> dict[str, Any]:
-    """The settings of one plug-in of a block, as a dict inside `data` that can be changed."""
-    field, name = path[0], path[1]
-    wanted = BLOCKS[field].aliases.get(name, name)
-    block = data.get(field)
-    if block is None and field != "head":
-        block = Recipe.model_fields[field].default
-    items = block if isinstance(block, list) else [] if block is None else [block]
-    normal: list[Any] = []
-    for item in items:
-        if isinstance(item, dict):
-            normal += [{key: dict(value or {})} for key, value in item.items()]
-        else:
-            normal.append({item: {}})
-    data[field] = normal if field == "method" else normal[0] if len(normal) == 1 else (normal or None)
-    for item in normal:
-        for key in item:
-            if BLOCKS[field].aliases.get(str(key), key) == wanted:
-                return item[key]
-    names = ", ".join(str(key) for item in normal for key in item) or "none"
-    raise BadInput(f"{field}.{name}: the recipe's {field} is {names}; add {field}={name} to change it")
-
-
-def _mark(sources: dict[str, str], value: Any, source: str, prefix: str = "") -> None:
-    """Notes where every leaf comes from. List items that are plug-ins go by their name."""
-    if isinstance(value, dict):
-        if prefix:
-            sources[prefix] = source
-        for key, below in value.items():
-            _mark(sources, below, source, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list) and prefix in BLOCKS:
-        for item in value:
-            _mark(sources, item if isinstance(item, dict) else {str(item): {}}, source, prefix)
-    elif isinstance(value, str) and prefix in BLOCKS:
-        sources[f"{prefix}.{BLOCKS[prefix].aliases.get(value, value)}"] = source
-    else:
-        sources[prefix] = source
 
 
 def source_of(recipe: Recipe, dotted: str) -> str:
@@ -522,7 +395,7 @@ def _emit(recipe: Recipe, value: dict[str, Any], prefix: str, depth: int, rows: 
         dotted = f"{prefix}.{key}" if prefix else str(key)
         name = yamltext.inline(key)
         if isinstance(below, dict) and below:
-            rows.append((f"{pad}{name}:", ""))
+            rows.append((f"{pad}{name}:", source_of(recipe, dotted) if prefix in BLOCKS else ""))
             _emit(recipe, below, dotted, depth + 1, rows)
         elif dotted == "method":
             rows.append((f"{pad}{name}:", ""))

@@ -19,11 +19,12 @@ class ReplayBuffer:
     """Keeps a uniform sample of all rows seen, or one balanced over classes.
 
     Plain: algorithm R (Vitter 1985): the t-th row enters with probability k/t and takes the place of a random one.
-    Balanced: class-balancing reservoir (Chrysakis & Moens 2020, algorithm 1): a row of a class that never was the largest takes the
-    place of a random row of the largest class; a row of another enters its own class as in algorithm R.
+    Balanced: class-balancing reservoir (Chrysakis & Moens 2020, algorithm 1): a row of a class that never was the
+    largest takes the place of a random row of the largest class; a row of another enters its own class as in
+    algorithm R.
 
-    A row too large for what is left of the byte budget evicts random rows (of the largest class, when balanced) until all
-    fit; the number of places k then shrinks to what fits, for good, so that later rows have no better chance than
+    A row too large for what is left of the byte budget evicts random rows (of the largest class, when balanced) until
+    all fit; the number of places k then shrinks to what fits, for good, so that later rows have no better chance than
     earlier ones. A row larger than the whole budget is left out and counted in `refused`.
 
     Args:
@@ -194,8 +195,8 @@ class ReplayBuffer:
         """
         if values["balanced"] != self.balanced or len(values["rows"]) > self.samples:
             raise BadInput(
-                f"replay buffer: the state has {len(values['rows'])} rows, balanced={values['balanced']}; this buffer takes "
-                f"{self.samples}, balanced={self.balanced}; go on with the settings the run began with"
+                f"replay buffer: the state has {len(values['rows'])} rows, balanced={values['balanced']}; this buffer "
+                f"takes {self.samples}, balanced={self.balanced}; go on with the settings the run began with"
             )
         flat, start, rows = tensors["arrays"].cpu().numpy(), 0, []
         for stored in values["rows"]:
@@ -245,6 +246,6 @@ def _copy(row: Mapping[str, Any], position: int) -> Row:
         except (TypeError, ValueError):
             kind = f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
             raise BadInput(
-                f"row {position}: field {key!r} is of type {kind}; a stored row holds text, numbers, lists or uint8 arrays"
+                f"row {position}: field {key!r} is of type {kind}; store text, numbers, lists or uint8 arrays"
             ) from None
     return out

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from .errors import BadInput, ForgotTooMuch, Interrupted
-from .evaluation.metrics import summary
 from .evaluation.plasticity import feature_drift
 from .learner import Learner
 from .memory.observe import RouterLog, observing
-from .models import load_model
+from .models import load_model, model_name
 from .progress import Progress
 from .recipe import Recipe, resolved_yaml
+from .registry import OBJECTIVES
 from .state import (
     RunLock,
     StateStore,
@@ -53,7 +53,7 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         Interrupted: Ctrl-C; a checkpoint was written first.
         NonFiniteLoss, ProtocolRefused, ForgotTooMuch: as they say.
     """
-    folder = Path(recipe.output_dir)
+    folder = recipe.folder
     _refuse_other_recipe(folder, recipe)
     finished = read_report(folder)
     if finished is not None and finished["status"] == "complete":
@@ -160,10 +160,10 @@ class Run:
         self.stream: Stream = build_stream(recipe.stream, recipe.seed)
         if self.stream.length is None:
             raise BadInput("stream: is unbounded; `perdure run` needs an end, use Learner.partial_fit for live data")
-        objective = recipe.objective if isinstance(recipe.objective, str) else next(iter(recipe.objective))
+        ((objective, _),) = OBJECTIVES.parse(recipe.objective, "objective")
         if recipe.training.num_threads:
             torch.set_num_threads(recipe.training.num_threads)
-        progress.message(f"loading {recipe.model if isinstance(recipe.model, str) else 'a model from scratch'}")
+        progress.message(f"loading {model_name(recipe.model)}")
         model, processor, self.model_facts = load_model(recipe.model, objective, seed=recipe.seed)
         self.base_hash = model_hash(dict(model.state_dict()))
         classes = list(self.stream.classes) if self.stream.classes else None
@@ -179,7 +179,9 @@ class Run:
         self.baseline: list[float | None] | None = None
         self.trainable = 0
         self.drift: list[float | None] = []
+        self.router: dict[str, dict[str, float]] = {}
         self.router_history: list[dict[str, float]] = []
+        self.evaluation_seconds = 0.0
         self.probes: dict[int, Tensor] = {}
         self.environment = environment()
         self.notes: list[str] = []
@@ -235,7 +237,7 @@ class Run:
         self._probe(experience)
         self.matrix.append(self._row(experience.index))
         learner.position.phase = "boundary"
-        self.evaluation_seconds = getattr(self, "evaluation_seconds", 0.0) + time.perf_counter() - started
+        self.evaluation_seconds += time.perf_counter() - started
         self._save(boundary=experience.index + 1)
 
     def _row(self, learnt: int) -> list[float | None]:
@@ -281,10 +283,10 @@ class Run:
         tensors |= {f"probe/{index}": probe for index, probe in self.probes.items()}
         values["run"] = {
             "matrix": self.matrix, "baseline": self.baseline, "trainable": self.trainable, "drift": self.drift,
-            "router": getattr(self, "router", {}), "router_history": self.router_history,
+            "router": self.router, "router_history": self.router_history,
             "losses_bytes": self.losses_path.stat().st_size if self.losses_path.exists() else 0,
             "environment": self.environment, "stream_hash": self.stream.hash, "base_hash": self.base_hash,
-            "evaluation_seconds": getattr(self, "evaluation_seconds", 0.0), "notes": self.notes,
+            "evaluation_seconds": self.evaluation_seconds, "notes": self.notes,
         }  # fmt: skip
         self.store.save(self.learner.counters.steps, tensors, values, boundary=boundary)
 
@@ -314,31 +316,55 @@ class Run:
 
     # ---- report
     def _report(self, status: str) -> dict[str, Any]:
-        from .report import build_report, render_run
+        from .report.build import build_report, write_json
+        from .report.html import render_run
 
         learner, recipe = self.learner, self.recipe
+        settings = learner.settings()
         report = build_report(
             name=recipe.name,
-            learner=learner.describe(),
-            model={**self.model_facts, "hash": self.base_hash},
-            stream=self.stream.describe(),
+            method="+".join(method.name for method in learner.methods),
+            head=None if learner.head is None else learner.head.name,
+            model=self.model_facts["name"],
+            stream=self.stream.name,
+            objective=learner.objective.name,
+            metric=learner.objective.metric,
+            higher_is_better=learner.objective.higher_is_better,
             seed=recipe.seed,
+            protocol=settings["protocol"],
+            training=settings["training"],
+            details=self._details(settings),
             matrix=self.matrix,
             baseline=self.baseline,
-            metrics=summary(self.matrix, learner.objective.higher_is_better, self.baseline),
-            plasticity=self._plasticity(),
             cost=self._cost(),
-            curves={"loss": self._losses()},
-            router=getattr(self, "router", {}),
-            router_history=self.router_history,
-            environment=self.environment,
             status=status,
+            plasticity=self._plasticity(),
+            curves={"loss": self._losses()},
+            router=self.router,
+            environment=self.environment,
             notes=self.notes,
         )
-        atomic_write_text(self.folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+        write_json(self.folder / "report.json", report)
         if status == "complete":
             render_run(report, self.folder / "report.html")
         return report
+
+    def _details(self, settings: dict[str, Any]) -> dict[str, Any]:
+        learner, stream = self.learner, self.stream.describe()
+        return {
+            "arm": self.recipe.label,
+            "method": [
+                {"name": m.name, "title": m.title, "config": m.config.model_dump(mode="json"), "status": m.status,
+                 "removal": m.removal} for m in learner.methods
+            ],
+            "head": settings["head"],
+            "objective": settings["objective"],
+            "model": {**self.model_facts, "hash": self.base_hash},
+            "stream": stream,
+            "tuning": self.recipe.tuning,
+            "router_history": self.router_history,
+            "writes": learner.writes,
+        }  # fmt: skip
 
     def _plasticity(self) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -354,7 +380,7 @@ class Run:
     def _cost(self) -> dict[str, float]:
         learner = self.learner
         return {
-            "seconds": learner.counters.seconds, "evaluation_seconds": getattr(self, "evaluation_seconds", 0.0),
+            "seconds": learner.counters.seconds, "evaluation_seconds": self.evaluation_seconds,
             "trainable_parameters": self.trainable or learner.trainable_parameters(),
             "total_parameters": sum(p.numel() for p in learner.system.parameters()),
             "stored_bytes": learner.stored_bytes(), "steps": learner.counters.steps, "samples": learner.counters.samples,

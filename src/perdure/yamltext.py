@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -23,7 +23,7 @@ _RESOLVERS = [
 
 class _Loader(yaml.SafeLoader):
     # YAML 1.2's core schema: the 1.1 default reads `on` as true and `1e-3` as text.
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers = {}
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -57,7 +57,7 @@ def _integer(loader: yaml.Loader, node: yaml.ScalarNode) -> int:
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
-def _float(dumper: yaml.Dumper, value: float) -> yaml.ScalarNode:
+def _float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
     text = repr(value)
     return dumper.represent_scalar(
         "tag:yaml.org,2002:float", {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(text, text)

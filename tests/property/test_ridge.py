@@ -76,7 +76,7 @@ def test_order_of_experiences_does_not_change_the_sums(seed, order, size):
         fit(other, *parts[i], [size], seed=i)
     for name in ("gram", "cross"):
         assert torch.allclose(getattr(forward.module, name), getattr(other.module, name), rtol=1e-9, atol=1e-9)
-    x, y = (torch.cat(column) for column in zip(*parts))
+    x, y = (torch.cat(column) for column in zip(*parts, strict=True))
     assert torch.allclose(other.module.weight.double(), direct(other, x, y), rtol=1e-3, atol=1e-4)
 
 

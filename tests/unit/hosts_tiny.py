@@ -13,6 +13,7 @@ _BLOCKS = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_head
 _TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _IMAGE = {"image_size": 8, "patch_size": 4}
 _DECODER = {**_BLOCKS, **_TOKENS, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+_DECODER["tie_word_embeddings"] = False  # tied random weights repeat the last token for ever
 _GPT2 = {**_TOKENS, "n_embd": WIDTH, "n_layer": DEPTH, "n_head": HEADS, "n_positions": 64}
 _DISTIL = {"vocab_size": VOCAB, "pad_token_id": 0, "dim": WIDTH, "n_layers": DEPTH, "n_heads": HEADS, "hidden_dim": 64}
 
@@ -61,7 +62,7 @@ def build(model: str, attention: str = "sdpa", seed: int = 0, **changes: Any) ->
     else:
         kind, settings = CONFIGS[family]
         config = getattr(transformers, kind)(**{**settings, **changes})
-    config._attn_implementation = attention
+    config._attn_implementation = "eager" if family == "gemma2" else attention  # soft-capping: no sdpa
     torch.manual_seed(seed)
     host = getattr(transformers, model)(config).eval()
     generator = torch.Generator().manual_seed(seed + 1)

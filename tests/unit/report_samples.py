@@ -7,7 +7,18 @@ from typing import Any
 
 from perdure.report.build import build_report
 
-NAMES = ["collections", "email", "asyncio", "http and urllib", "unittest", "xml", "ctypes", "json", "logging", "sqlite3"]
+NAMES = [
+    "collections",
+    "email",
+    "asyncio",
+    "http and urllib",
+    "unittest",
+    "xml",
+    "ctypes",
+    "json",
+    "logging",
+    "sqlite3",
+]
 
 
 def matrix(count: int, keep: float, learn: float, rng: random.Random) -> list[list[float | None]]:
@@ -20,7 +31,9 @@ def matrix(count: int, keep: float, learn: float, rng: random.Random) -> list[li
     return rows
 
 
-def sample(arm: str = "moram", seed: int = 0, count: int = 5, keep: float = 0.97, learn: float = 0.9, **changes: Any) -> Any:
+def sample(
+    arm: str = "moram", seed: int = 0, count: int = 5, keep: float = 0.97, learn: float = 0.9, **changes: Any
+) -> Any:
     """A finished run of `count` experiences; `changes` replace arguments of `build_report`."""
     rng = random.Random(f"{arm}-{seed}")
     router = {
@@ -48,9 +61,15 @@ def sample(arm: str = "moram", seed: int = 0, count: int = 5, keep: float = 0.97
         "training": {"learning_rate": 5e-4, "head_learning_rate": 3e-3, "per_device_train_batch_size": 32, "epochs": 1},
         "details": {
             "method": [
-                {"name": "moram", "config": {"rank": 8, "top_k": 8, "tau": 0.03}, "title": "MoRAM", "status": "unverified"}
+                {
+                    "name": "moram",
+                    "config": {"rank": 8, "top_k": 8, "tau": 0.03},
+                    "title": "MoRAM",
+                    "status": "unverified",
+                }
             ],
-            "head": {"name": "cosine", "config": {"scale": 16.0}},
+            "head": {"cosine": {"scale": 16.0}},
+            "router_history": [{"new_share": round(1 / (i + 1), 3), "off_rate": 0.01 * i} for i in range(count)],
             "model": {"hash": "53aa51172d142c89d9012cce15ae4d6c", "parameters": 22713216, "family": "bert"},
             "stream": {
                 "scenario": "class_incremental",

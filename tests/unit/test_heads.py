@@ -185,7 +185,7 @@ def test_ridge_chooses_the_best_of_the_grid():
         head.begin_fit(90, 5)
         head.update(x, y)
         head._flush(1)
-        features, labels = (torch.cat(part) for part in zip(*head._held))
+        features, labels = (torch.cat(part) for part in zip(*head._held, strict=True))
         assert len(labels) == 18
         z, target = head.random_features(features).double(), torch.nn.functional.one_hot(labels, 3).double()
         errors = {ridge: head._error(ridge, z, target) for ridge in head.config.lambdas}

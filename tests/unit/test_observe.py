@@ -113,6 +113,18 @@ def test_two_batches_add_up_and_reset_forgets():
     assert log.summary() == {} and log.sites == []
 
 
+def test_a_log_goes_on_from_its_state():
+    first, second = RouterLog(), RouterLog()
+    one = Observation("s", routing([[0, 3]], [[0.5, 0.5]]), 2)
+    first.add(one)
+    tensors, values = first.state_dict()
+    first.add(one)
+    second.load_state_dict(tensors, values)
+    assert second.summary()["s"]["tokens"] == 1  # the snapshot did not move with the log
+    second.add(one)
+    assert second.summary() == first.summary() and torch.equal(second.usage("s"), first.usage("s"))
+
+
 def test_a_grown_bank_extends_the_counts_and_a_shrunken_one_is_refused():
     log = RouterLog()
     log.add(Observation("s", routing([[0]], [[1.0]], size=2), 2))

@@ -57,6 +57,8 @@ def awkward_tensors() -> dict[str, Tensor]:
         "alias": base,
         "expanded": torch.ones(1).expand(5),
         "empty": torch.empty(0, 3),
+        "one of a stride": base[0, ::7],
+        "none of a stride": base[0, 6::2],
         "scalar": torch.tensor(2.5, dtype=torch.float64),
         "bool": torch.tensor([[True], [False]]),
         "bytes": torch.arange(256, dtype=torch.uint8),
@@ -69,7 +71,8 @@ def awkward_tensors() -> dict[str, Tensor]:
 
 
 def raw(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    fresh = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    return fresh.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -156,6 +156,12 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 # random numbers
 
 
+def seed(number: int) -> None:
+    random.seed(number)
+    numpy.random.seed(number)
+    torch.manual_seed(number)
+
+
 def draw() -> list[Any]:
     return [random.random(), random.gauss(0, 1), *numpy.random.rand(2), numpy.random.randn(), *torch.rand(3).tolist()]
 
@@ -164,13 +170,14 @@ def draw() -> list[Any]:
 def test_random_numbers_go_on_where_they_were(tmp_path: Path, gauss: bool) -> None:
     before = rng_state()
     try:
-        random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
+        seed(1)
         if gauss:  # both generators now hold the second half of a pair
-            random.gauss(0, 1), numpy.random.randn()
+            random.gauss(0, 1)
+            numpy.random.randn()
         tensors, values = rng_state()
         expected = draw()
         StateStore(tmp_path).save(0, tensors, {"rng": values})
-        random.seed(9), numpy.random.seed(9), torch.manual_seed(9)
+        seed(9)
         state = StateStore(tmp_path).load()
         set_rng_state(state.tensors, state.values["rng"])
         assert draw() == expected

@@ -215,7 +215,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "# Results",
         "",
-        "Made from `results/ledger.jsonl` by `python -m perdure.evaluation.ledger docs/results.md results/ledger.jsonl`;",
+        "Made from the ledger by `python -m perdure.evaluation.ledger docs/results.md results/ledger.jsonl`;",
         "do not edit by hand. Figures are means over seeds ± half of the 95 % t-interval; one seed is an illustration.",
         "Accuracies, forgetting and learning accuracy in per cent; where perplexity was measured, in its own unit.",
         "",
@@ -233,7 +233,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _table(members: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
-        "| method | head | average | forgetting | learning | trainable | stored MB | seconds | seeds | published | status |",
+        "| method | head | average | forgetting | learning | trainable | MB stored | s | seeds | published | status |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|---|---|",
     ]
     for row in members:

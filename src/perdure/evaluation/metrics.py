@@ -26,18 +26,21 @@ from ..errors import BadInput
 Matrix = Sequence[Sequence[float | None]]
 Probes = Mapping[int, Sequence[tuple[int, float]]]
 
-LOWER_IS_BETTER = frozenset(
-    {"forgetting", "intransigence", "windowed_forgetting", "seconds", "trainable_parameters", "total_parameters"}
-    | {"stored_bytes", "steps", "extra_passes", "peak_memory_bytes", "flops_per_token"}
-)
+LOWER_IS_BETTER = frozenset({"forgetting", "intransigence", "windowed_forgetting"})
 HIGHER_IS_BETTER = frozenset(
     {"backward_transfer", "backward_transfer_clipped", "forward_transfer", "windowed_plasticity"}
 )
+_COSTS = ("seconds", "bytes", "parameters", "steps", "passes", "samples", "rows", "flops_per_token")
+
+
+def is_cost(name: str) -> bool:
+    """True for figures of cost, in their own unit, of which less is better."""
+    return name.endswith(_COSTS)
 
 
 def direction(name: str, higher_is_better: bool) -> bool:
     """True if a larger value of the figure `name` is better; scores follow the run's own `higher_is_better`."""
-    if name in LOWER_IS_BETTER:
+    if name in LOWER_IS_BETTER or is_cost(name):
         return False
     return True if name in HIGHER_IS_BETTER else higher_is_better
 

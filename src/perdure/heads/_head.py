@@ -1,7 +1,7 @@
 """The base of every classification head. Imports no torch.
 
-A head grows with the classes seen. Its tensors live in `self.module`, a plain container made by `build`, so that wrappers,
-devices and the optimizer see them.
+A head grows with the classes seen. Its tensors live in `self.module`, a plain container made by `build`, so that
+wrappers, devices and the optimizer see them.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ class CosineHead(Head):
     """Cosine classifier with a learnable scale.
 
     logits = η · (f/‖f‖) (W/‖W‖ row by row)ᵀ, Hou et al. 2019, "Learning a Unified Classifier Incrementally via
-    Rebalancing" (LUCIR), eq. 5: without norms and biases, new classes cannot outweigh old ones by magnitude alone.
-    η is one learnable scalar as there. LUCIR's code starts it at 1, where the softmax over many classes is nearly flat
-    for the whole of a short pass; the default here is the start of Gidaris & Komodakis 2018, "Dynamic Few-Shot Visual
-    Learning without Forgetting": 10.
+    Rebalancing" (LUCIR): without norms and biases, new classes cannot outweigh old ones by magnitude alone.
+    η is one learnable scalar as there. LUCIR's code starts it at 1, where the softmax over many classes is flat at
+    first; the default here is the start of Gidaris & Komodakis 2018, "Dynamic Few-Shot Visual Learning without
+    Forgetting": 10.
     """
 
     class Config(HeadConfig):

@@ -24,18 +24,18 @@ class RidgeHead(Head):
     """Streaming ridge regression on random features.
 
     z = relu(f̂ P), f̂ = f/‖f‖ [B, D], P [D, M] ~ N(0, 1) drawn once;  G = Σ z zᵀ [M, M], C = Σ z yᵀ [M, classes] with
-    one-hot y;  W = (G + λI)⁻¹ C;  logits = z W. Sources: RAIL (Xu et al., NeurIPS 2024, primal form: unit-norm f, ReLU of a
-    random map) and RanPAC (McDonnell et al., NeurIPS 2023, eq. 4-6: G and C summed over the stream, λ from a grid by
-    the squared error on one fifth of each experience). The sums commute: the order of experiences does not matter,
-    and nothing is forgotten as long as the features keep still.
+    one-hot y;  W = (G + λI)⁻¹ C;  logits = z W. Sources: RAIL (Xu et al., NeurIPS 2024, primal form: unit-norm f, ReLU
+    of a random map) and RanPAC (McDonnell et al., NeurIPS 2023: G and C summed over the stream, λ from a grid by
+    the squared error on one fifth of each experience). The sums commute: the order of experiences does not matter, and
+    nothing is forgotten as long as the features keep still.
 
     λ is chosen at the end of each experience: the held-aside rows are left out of G and C, the grid is walked downhill
     from the last λ, then the held-aside rows are added, and W is solved anew from all rows. One Cholesky factorisation
-    for each λ tried is cheaper than one eigendecomposition for all (two slow cores, 150 classes: 0.15 s against 1.3 s at
-    M = 2000, 0.94 s against 11.7 s at M = 4000; a walk tries 3 to 4).
+    and solution for each λ tried is cheaper than one eigendecomposition for all (two slow cores, 150 classes: 0.15 s
+    against 1.3 s at M = 2000, 0.94 s against 11.7 s at M = 4000; a walk tries 3 once λ has settled).
 
-    State: G as its upper triangle, C (float64), W, P (float32), λ; in the middle of a pass also the rows not yet summed.
-    z is computed in float32, the sums in float64.
+    State: G as its upper triangle, C (float64), W, P (float32), λ; in the middle of a pass also the rows not yet
+    summed. z is computed in float32, the sums in float64.
     Deviation from RanPAC: features of unit norm (its features are as the network gives them), so that one grid fits all
     hosts.
     """
@@ -222,7 +222,7 @@ class RidgeHead(Head):
             ridge *= 10
 
     def _error(self, ridge: float, z: Tensor, target: Tensor) -> float:
-        """Mean squared error of held-aside rows z [R, M], target [R, classes]; infinite where λ is too small to solve."""
+        """Mean squared error of held-aside rows z [R, M], target [R, classes]; infinite where there is no solution."""
         import torch
 
         factor, good = self._factor(ridge)

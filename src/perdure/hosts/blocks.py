@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from . import caches, masks
+from .roles import PREFIX
 from .sites import Handle, check_key
 
 Where = Literal["front", "after_first"]
@@ -144,7 +145,7 @@ def strip(module: nn.Module, name: str) -> None:
     runner = module.__dict__.get("forward")
     if not isinstance(runner, _Runner) or name not in runner.names:
         raise BadInput(
-            f"block adapter {name!r}: the block's forward was wrapped by {type(runner).__name__} after it was added; "
+            f"block adapter {name.removeprefix(PREFIX)!r}: the block's forward was wrapped by {type(runner).__name__} after it was added; "
             "take that off first"
         )
     runner.names.remove(name)
@@ -220,6 +221,7 @@ class _Runner:
         if level == len(self.names):
             return self._forward(*args, **kwargs)
         name = self.names[level]
+        key = name.removeprefix(PREFIX)
         call = _Call(type(self.module), args, kwargs)
         hidden = call.get(call.names[0])
         batch, tokens = hidden.shape[:2]
@@ -229,25 +231,25 @@ class _Runner:
             real = masks.token_mask(call.get("attention_mask"), batch, tokens, offset)
         causal = bool(self.causal if call.get("is_causal") is None else call.get("is_causal"))
         rest = Rest(self.layer, causal, past, call.everything())
-        made = _checked(self.module._modules[name](hidden, real, call.get("position_ids"), rest), hidden, name)  # type: ignore[misc]
+        made = _checked(self.module._modules[name](hidden, real, call.get("position_ids"), rest), hidden, key)  # type: ignore[misc]
         at, count, hidden = _AT[made.where], made.count, made.hidden
 
         if past:
             if count:
                 hidden, count = caches.without(hidden, at, count, 1), 0
-            mine = caches.kept(cache, self.cache_layer, name)
+            mine = caches.kept(cache, self.cache_layer, key)
             if mine is not None:
                 call.set("attention_mask", masks.prepend(call.get("attention_mask"), real, mine[0].shape[-2]))
-                call.set(cache_name, caches.View(cache, self.cache_layer, name, None))
+                call.set(cache_name, caches.View(cache, self.cache_layer, key, None))
         elif count:
             self._check_insertion(call)
             call.set("attention_mask", masks.insert(call.get("attention_mask"), real, count, at, causal))
             _extend_positions(call, real, count, at)
             real = None if real is None else caches.between(real, real.new_ones(batch, count), at, 1)
             if cache is not None:
-                call.set(cache_name, caches.View(cache, self.cache_layer, name, (at, count)))
+                call.set(cache_name, caches.View(cache, self.cache_layer, key, (at, count)))
         elif cache is not None:
-            caches.keep(cache, self.cache_layer, name, None)
+            caches.keep(cache, self.cache_layer, key, None)
         call.set(call.names[0], hidden)
         output = self._run(level + 1, tuple(call.args), call.kwargs, real)
         if not count:
@@ -295,16 +297,16 @@ def is_causal(module: nn.Module) -> bool:
     return bool(getattr(module.get_submodule(_attention(module, 0)[0]), "is_causal", False))
 
 
-def _checked(made: Any, hidden: Tensor, name: str) -> Insertion:
+def _checked(made: Any, hidden: Tensor, key: str) -> Insertion:
     made = made if isinstance(made, Insertion) else Insertion(made, 0)
     if made.where not in _AT:
-        raise BadInput(f"block adapter {name!r}: where is {made.where!r}; allowed: {', '.join(_AT)}")
+        raise BadInput(f"block adapter {key!r}: where is {made.where!r}; allowed: {', '.join(_AT)}")
     batch, tokens, width = hidden.shape
     expected = [batch, tokens + made.count, width]
     if made.count < 0 or not isinstance(made.hidden, Tensor) or list(made.hidden.shape) != expected:
         found = list(made.hidden.shape) if isinstance(made.hidden, Tensor) else type(made.hidden).__name__
         raise BadInput(
-            f"block adapter {name!r}: returned hidden states of shape {found} with {made.count} inserted tokens for an "
+            f"block adapter {key!r}: returned hidden states of shape {found} with {made.count} inserted tokens for an "
             f"input of shape {list(hidden.shape)}; return a tensor of that shape, or Insertion(hidden, count, where) "
             f"with {tokens} + count tokens"
         )

@@ -208,7 +208,9 @@ class Host:
     def _check_tower(self, tower: str | None) -> str | None:
         if tower is None or tower in self.towers:
             return tower
-        raise BadInput(f"tower: {tower!r} is unknown; {type(self.model).__name__} has {list(self.towers) or 'no blocks'}")
+        raise BadInput(
+            f"tower: {tower!r} is unknown; {type(self.model).__name__} has {list(self.towers) or 'no blocks'}"
+        )
 
     def _layers(self, layers: list[int], tower: str) -> set[int]:
         depth = self.towers[tower].depth if tower in self.towers else 0

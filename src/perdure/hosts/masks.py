@@ -55,12 +55,21 @@ def check(mask: Tensor) -> None:
     )
 
 
-def _like(mask: Tensor, seen: Tensor) -> Tensor:
+def _like(mask: Tensor, seen: Tensor, hidden: float | None = None) -> Tensor:
     """Writes a boolean [B, 1 or H, ., .] in the number format of `mask`, for as many heads."""
     if mask.dtype != torch.bool:
         zero = torch.zeros((), dtype=mask.dtype, device=mask.device)
-        seen = torch.where(seen, zero, torch.finfo(mask.dtype).min)
+        seen = torch.where(seen, zero, torch.finfo(mask.dtype).min if hidden is None else hidden)
     return seen.expand(-1, mask.shape[1], -1, -1)
+
+
+def _columns(mask: Tensor, seen_by: Tensor, count: int) -> Tensor:
+    """Entries of n inserted keys for the host's own tokens: [B, T] -> [B, H, T, n].
+
+    Minus infinity, not the lowest number: where a padding row is hidden from everything, its additive row is constant and
+    attention averages over all keys, which must not come to include the inserted ones.
+    """
+    return _like(mask, seen_by[:, None, :, None].expand(-1, -1, -1, count), float("-inf"))
 
 
 def insert(mask: Tensor | None, real: Tensor | None, count: int, at: int, causal: bool) -> Tensor | None:
@@ -92,7 +101,7 @@ def insert(mask: Tensor | None, real: Tensor | None, count: int, at: int, causal
     among = torch.ones(count, count, dtype=torch.bool, device=mask.device)
     among = among.tril() if causal else among
 
-    columns = _like(mask, seen_by[:, None, :, None].expand(-1, -1, -1, count))
+    columns = _columns(mask, seen_by, count)
     old_rows = torch.cat((mask[..., :at], columns, mask[..., at:]), dim=-1)
     sees = sees[:, None, None, :].expand(-1, -1, count, -1)
     among = among.expand(batch, 1, -1, -1)
@@ -109,4 +118,4 @@ def prepend(mask: Tensor | None, real: Tensor | None, count: int) -> Tensor | No
         return torch.cat((mask.new_ones(mask.shape[0], count), mask), dim=1)
     assert real is not None
     mask = mask.expand(real.shape[0], -1, real.shape[1], -1)
-    return torch.cat((_like(mask, real[:, None, :, None].expand(-1, -1, -1, count)), mask), dim=-1)
+    return torch.cat((_columns(mask, real, count), mask), dim=-1)

@@ -48,7 +48,7 @@ class Handle:
     def adapter(self) -> nn.Module:
         adapter = self.module._modules.get(self.name)
         if adapter is None:
-            raise BadInput(f"handle {self.name!r}: was removed; call `add` again")
+            raise BadInput(f"handle {self.name.removeprefix(PREFIX)!r}: was removed; call `add` again")
         return adapter
 
     def remove(self) -> None:
@@ -163,5 +163,7 @@ class Site:
                 "without quantisation or choose a method that only adds to outputs"
             )
         if weight.is_meta:
-            raise BadInput(f"site {self.name!r} ({self.path}): {operation} needs the weight in memory, found device meta")
+            raise BadInput(
+                f"site {self.name!r} ({self.path}): {operation} needs the weight in memory, found device meta"
+            )
         return weight

@@ -26,7 +26,7 @@ class AtomView(NamedTuple):
     frozen_values: Tensor
     new_keys: Tensor
     new_values: Tensor
-    index: Tensor | None
+    index: Tensor | None  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class AtomBank(nn.Module):

@@ -14,6 +14,8 @@ from .routing import Routing, effective_k, open_items, routing_dtype, weight
 Path = Literal["auto", "reference", "dense", "gather"]
 
 # Gathering touches k values per token at the speed of memory, a dense product all N at the speed of the processor.
+# Whole layer on CPU, one thread, k = 2, 8, 16, d = 384, 768: equal within noise up to N = 3 k, gathering level or ahead
+# beyond. Not measured on GPU.
 GATHER_FROM = 4  # times k
 
 

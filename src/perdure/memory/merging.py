@@ -51,9 +51,9 @@ def merge_duplicates(
 ) -> tuple[Tensor, Tensor, list[list[int]], float]:
     """Merges items whose keys have at least this cosine with the first item of their group.
 
-    With shares pi_i (usage of the members, plus one count each, normalised): a = sum_i pi_i a_i, and b is the least-squares
-    value for it, b = sum_i pi_i (a_i . a) b_i / ||a||^2, which minimises ||sum_i pi_i a_i b_i^T - a b^T||_F. Duplicates share
-    one softmax weight, so their mean, not their sum, stands in for them.
+    With shares pi_i (usage of the members, plus one count each, normalised): a = sum_i pi_i a_i, and b is the
+    least-squares value for it, b = sum_i pi_i (a_i . a) b_i / ||a||^2, which minimises
+    ||sum_i pi_i a_i b_i^T - a b^T||_F. Duplicates share one softmax weight, so their mean, not their sum, stands in.
 
     Args:
         keys: [n, d_in]. values: [n, d_out]. usage: [n]. owners: [n] ids that keep items apart, or None.

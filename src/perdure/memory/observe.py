@@ -73,6 +73,8 @@ class _Site:
 class RouterLog:
     """Adds up observations into statistics per site, on their device and without waiting for it.
 
+    Item numbers must mean the same throughout: `reset()` after items were dropped or merged.
+
     Attributes:
         mask: [B, T] bool, True where a token counts; None counts all. It applies to routings with leading shape
             [B, T] or [B * T]; other shapes (a pooled token, another tower) are counted whole and show up as
@@ -130,7 +132,7 @@ class RouterLog:
         mass = weights.sum(-1)
         squares = weights.square().sum(-1)
         on = (is_open.sum(-1) > 0).to(torch.float64)
-        # (sum w)^2 / sum w^2 is 1 / sum w^2 while the weights sum to 1, and stays a count of atoms when delta closed some.
+        # (sum w)^2 / sum w^2 is 1 / sum w^2 while the weights sum to 1, and stays a count when delta closed some.
         effective = torch.where(squares > 0, mass.square() / squares.clamp_min(1e-300), squares)
         top = weights.amax(-1) if k else mass
         rows = torch.stack([
@@ -148,13 +150,16 @@ class RouterLog:
         """What was added up so far: tensors, and JSON values by site."""
         tensors = {}
         for site, state in self._sites.items():
-            tensors |= {f"{site}/sums": state.sums, f"{site}/usage": state.usage}
-        return tensors, {s: {"frozen": o.frozen, "calls": o.calls, "unmasked": o.unmasked} for s, o in self._sites.items()}
+            tensors |= {f"{site}/sums": state.sums.clone(), f"{site}/usage": state.usage.clone()}
+        return tensors, {
+            s: {"frozen": o.frozen, "calls": o.calls, "unmasked": o.unmasked} for s, o in self._sites.items()
+        }
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, dict[str, int]]) -> None:
         """Goes on from what `state_dict` gave."""
         self._sites = {
-            site: _Site(tensors[f"{site}/sums"], tensors[f"{site}/usage"], **counts) for site, counts in values.items()
+            site: _Site(tensors[f"{site}/sums"].clone(), tensors[f"{site}/usage"].clone(), **counts)
+            for site, counts in values.items()
         }
 
     @property
@@ -171,7 +176,7 @@ class RouterLog:
         """
         result = {}
         for name, state in self._sites.items():
-            total = dict(zip(_SUMS, state.sums.tolist(), strict=True))
+            total: dict[str, float] = dict(zip(_SUMS, state.sums.tolist(), strict=True))
             tokens = total["tokens"]
             items = state.usage.numel()
 

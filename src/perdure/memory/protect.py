@@ -1,11 +1,13 @@
 """Keeps new keys out of the directions that old inputs use, from second moments and no stored example.
 
-An atom whose key is orthogonal to x has response a . x = 0 and writes nothing. Keys (or the down-projections of any low-rank
-adapter) in the null space of the leading eigenvectors of sum x x^T therefore leave old inputs nearly untouched.
-(GPM, Saha et al. 2021, and InfLoRA, Liang and Li 2024, protect by the same subspace.)
+An atom whose key is orthogonal to x has response a . x = 0 and writes nothing. Keys (or the down-projections of any
+low-rank adapter) in the null space of the leading eigenvectors of sum x x^T therefore leave old inputs nearly
+untouched. (GPM, Saha et al. 2021, and InfLoRA, Liang and Li 2024, protect by the same subspace.)
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,8 @@ class InputMoments(nn.Module):
 
     Args:
         features: d.
-        dtype: precision of products and sums; float64 by default, because a sum over a stream loses small directions
-            in float32.
+        dtype: precision of the sum over batches; float64 by default, because a sum over a stream loses small
+            directions in float32. A batch's own product has the precision of the inputs, at least float32.
     Attributes:
         moment: [d, d] buffer. count: float64 scalar buffer.
     """
@@ -25,9 +27,7 @@ class InputMoments(nn.Module):
     moment: Tensor
     count: Tensor
 
-    def __init__(
-        self, features: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
-    ):
+    def __init__(self, features: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None):
         super().__init__()
         if features < 1:
             raise ValueError(f"features: found {features}; at least 1 is needed")
@@ -53,7 +53,7 @@ class InputMoments(nn.Module):
             rows = rows[mask.reshape(-1)]
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         with torch.autocast(device_type=rows.device.type, enabled=False):
-            # One batch's product in the inputs' precision, the sum over batches in the moment's: half the time of float64.
+            # One batch's product in the inputs' precision (at least float32), the sum over batches in the moment's.
             self.moment += (rows.t() @ rows).to(self.moment)
         self.count += rows.shape[0]
 
@@ -67,7 +67,7 @@ class InputMoments(nn.Module):
         """`leading_basis` of what was seen; [d, 0] before anything was."""
         return leading_basis(self.moment, energy, reserve)
 
-    def _apply(self, fn, recurse: bool = True):  # noqa: ANN001, ANN202
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputMoments:
         # A model that is cast to half precision must not take its statistics along.
         moment, count = self.moment, self.count
         super()._apply(fn, recurse)
@@ -82,11 +82,11 @@ def leading_basis(moment: Tensor, energy: float, reserve: int = 1) -> Tensor:
     Args:
         moment: [d, d], symmetric positive semi-definite up to rounding (it is symmetrised here).
         energy: share of the trace, in (0, 1).
-        reserve: directions that always stay free, the least used ones: with a flat spectrum the share could ask for all d, and
-            new keys would be projected to nothing. 0 allows that.
+        reserve: directions that always stay free, the least used ones: with a flat spectrum the share could ask for
+            all d, and new keys would be projected to nothing. 0 allows that.
     Returns:
-        [d, q] orthonormal columns in falling order of eigenvalue, sign fixed by the largest entry, q <= d - reserve; q = 0 for a
-        zero moment. dtype of the moment, decomposed in float64.
+        [d, q] orthonormal columns in falling order of eigenvalue, sign fixed by the largest entry, q <= d - reserve;
+        q = 0 for a zero moment. dtype of the moment, decomposed in float64.
     Raises:
         ValueError: a value is out of its range, or the moment is not finite.
     """
@@ -115,8 +115,8 @@ def leading_basis(moment: Tensor, energy: float, reserve: int = 1) -> Tensor:
 def project(keys: Tensor, basis: Tensor) -> Tensor:
     """keys - (keys U) U^T: the part of each row that is orthogonal to the basis.
 
-    Differentiable in the keys. Applied twice it changes nothing more, up to rounding. If the basis spans all d directions
-    (possible only with `reserve=0`), the result is exactly zero: such items never answer and never learn.
+    Differentiable in the keys. Applied twice it changes nothing more, up to rounding. If the basis spans all d
+    directions (possible only with `reserve=0`), the result is exactly zero: such items never answer and never learn.
 
     Args:
         keys: [r, d], rows of keys or of a down-projection. basis: U [d, q] with orthonormal columns.

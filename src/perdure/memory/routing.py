@@ -113,8 +113,8 @@ def _select_and_repair(scores: Tensor, count: int) -> Tensor:
 
 
 def _top(flat: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    # torch's CPU topk partitions whole rows until N >= 64 count. In between, keeping only the blocks with the largest maxima
-    # (they hold the top values) took 0.4 to 0.9 of its time, measured for count = 9 and 192 to 512 columns.
+    # torch's CPU topk partitions whole rows until N >= 64 count. In between, keeping only the blocks with the largest
+    # maxima (they hold the top values) took 0.4 to 0.9 of its time, measured for count = 9 and 192 to 512 columns.
     columns = flat.shape[1]
     if not 20 * count <= columns < 64 * count:
         return torch.topk(flat, count, dim=-1)

@@ -1,6 +1,7 @@
 """The base of every objective: from rows to a batch, to a loss, to a score. Imports no torch.
 
-An objective keeps no state and draws no random number of its own: what it encodes depends on the rows and the seeds given.
+An objective keeps no state and draws no random number of its own: what it encodes depends on the rows and the
+seeds given.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Objective(ABC):
 
     @abstractmethod
     def check_model(self, model: Any, processor: Any) -> None:
-        """Raises BadInput where model and processor do not fit each other or this objective. Called once, before learning."""
+        """Raises BadInput where model and processor do not fit each other or this objective."""
 
     @abstractmethod
     def encode(
@@ -115,6 +116,6 @@ def pad_right(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
     import torch
 
     out = torch.full((len(sequences), max(map(len, sequences), default=0)), value, dtype=torch.int64)
-    for row, sequence in zip(out, sequences):
+    for row, sequence in zip(out, sequences, strict=True):
         row[: len(sequence)] = torch.as_tensor(sequence, dtype=torch.int64)
     return out

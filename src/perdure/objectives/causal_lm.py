@@ -26,9 +26,9 @@ REMEDY = "a language-modelling row has `text`, or `prompt` and `answer`, or `mes
 class CausalLM(Objective):
     """Causal language modelling with the host's own output layer.
 
-    loss = Σ -log p(token t+1 | tokens up to t), summed over the tokens with a label: all of a `text`, the `answer` after
-    a `prompt`, the assistant's turns of `messages`. The score is perplexity, exp(loss / tokens). Prompt and answer are
-    tokenised apart and joined as they are: a space between them belongs to one of them.
+    loss = Σ -log p(token t+1 | tokens up to t), summed over the tokens with a label: all of a `text`, the `answer`
+    after a `prompt`, the assistant's turns of `messages`. The score is perplexity, exp(loss / tokens). Prompt and
+    answer are tokenised apart and joined as they are: a space between them belongs to one of them.
     """
 
     metric = "perplexity"
@@ -78,9 +78,9 @@ class CausalLM(Objective):
         kinds = [_kind(row, i, tokenizer) for i, row in enumerate(rows)]
         plain = [i for i, kind in enumerate(kinds) if kind == "text"]
         texts = [require(rows[i], i, "text", str, REMEDY) for i in plain]
-        tokens = dict(zip(plain, encode_texts(tokenizer, texts, self.config.block_size)))
+        tokens = dict(zip(plain, encode_texts(tokenizer, texts, self.config.block_size), strict=True))
         out = []
-        for position, (row, kind) in enumerate(zip(rows, kinds)):
+        for position, (row, kind) in enumerate(zip(rows, kinds, strict=True)):
             if kind == "text":
                 ids = labels = tokens[position]
             elif kind == "answer":
@@ -119,8 +119,8 @@ class CausalLM(Objective):
             after = _template(tokenizer, messages[: turn + 1], False)
             if after[: len(before)] != before or ids[: len(after)] != after:
                 raise BadInput(
-                    f"row {position}: field 'messages': the chat template rewrites earlier turns, so that the answer of "
-                    f"turn {turn} cannot be told apart; give `prompt` and `answer`"
+                    f"row {position}: field 'messages': the chat template rewrites earlier turns, so that the answer "
+                    f"of turn {turn} cannot be told apart; give `prompt` and `answer`"
                 )
             labels[len(before) : len(after)] = after[len(before) :]
         size = self.config.block_size
@@ -176,7 +176,7 @@ class CausalLM(Objective):
         batch_size: int = 8,
         **options: Any,
     ) -> list[str]:
-        """What the model writes after each row's prompt (`prompt`, else `messages` up to the last user turn, else `text`).
+        """What the model writes after each row's `prompt`, else `messages` up to the last user turn, else `text`.
 
         Padded on the left, greedy unless `options` of `model.generate` say otherwise; the answer ends before its end
         token. The model's training mode is put back.

@@ -125,7 +125,7 @@ class Classification(Objective):
 
     # ---- the model
     def forward(self, model: Any, head: Head | None, batch: Batch, pooling: str | None = None) -> Output:
-        """`pooling` replaces the configured one. Cached `batch.features` replace the host's forward. No head, no logits."""
+        """`pooling` replaces the configured one. Cached `batch.features` replace the host's. No head, no logits."""
         features, host = batch.features, None
         if features is None:
             features, host = self.features(model, batch, pooling)
@@ -186,8 +186,8 @@ def _check_own(labels: Tensor, logits: Tensor, allowed: Tensor | None) -> None:
     if outside.any():
         row = int(outside.nonzero()[0, 0])
         raise RuntimeError(
-            f"internal error: row {row} of the batch has class id {int(labels[row])}, which is not among the allowed ones "
-            f"of {classes} classes; the mask and the batch come from different experiences"
+            f"internal error: row {row} of the batch has class id {int(labels[row])}, which is not among the "
+            f"allowed ones of {classes} classes; the mask and the batch come from different experiences"
         )
 
 
@@ -240,7 +240,7 @@ def flip_crop(image: np.ndarray, seed: int) -> np.ndarray:
 
 # ---- the host
 def backbone_of(model: Any, inputs: Mapping[str, Any]) -> Any:
-    """The part of the model that gives hidden states: without a task head, and of CLIP the tower that the inputs need."""
+    """The part of the model that gives hidden states: no task head; of CLIP the tower that the inputs need."""
     tower = "vision_model" if "pixel_values" in inputs else "text_model"
     if hasattr(model, "vision_model") and hasattr(model, "text_model"):
         return getattr(model, tower)
@@ -252,8 +252,9 @@ ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet"
 
 
 def pooling_of(backbone: Any, inputs: Mapping[str, Any]) -> str:
-    """The pooling that fits the family: `cls` for vision transformers with a class token, `mean` for other vision models
-    and bidirectional text encoders (as sentence-transformers pools them), `last` for causal models and CLIP's text tower.
+    """The pooling that fits the family: `cls` for vision transformers with a class token, `mean` for other vision
+    models and bidirectional text encoders (as sentence-transformers pools them), `last` for causal models and CLIP's
+    text tower.
     """
     family = str(getattr(getattr(backbone, "config", None), "model_type", ""))
     if "pixel_values" in inputs:

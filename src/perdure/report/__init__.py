@@ -1,1 +1,1 @@
-"""One report in three dresses: report.json, a terminal table, a page of plots. Imports no torch and no template engine."""
+"""One report in three dresses: report.json, a terminal table, a page of plots. Imports no torch."""

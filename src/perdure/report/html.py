@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ _DIFFERENCES = ("average_accuracy", "forgetting", "learning_accuracy")
 MOST_CLASSES = 400
 
 
+@functools.cache
 def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -81,7 +83,9 @@ def render_run(report: Report, path: str | Path | None = None) -> str:
         router=plots.router_plots(report),
         router_columns=list(dict.fromkeys(key for stats in report["router"].values() for key in stats)),
         methods=details.get("method") or [],
-        head=details.get("head") or {},
+        head=_settings(details.get("head") or {}, report["head"]),
+        history=plots.router_history_plot(report),
+        swatches=[svg.swatch(0), svg.swatch(1)],
         model=details.get("model") or {},
         stream={k: v for k, v in (details.get("stream") or {}).items() if k not in ("experiences", "classes")},
         experiences=_experiences(report),
@@ -89,6 +93,15 @@ def render_run(report: Report, path: str | Path | None = None) -> str:
     if path is not None:
         write_text(path, page)
     return page
+
+
+def _settings(block: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
+    """Settings without the wrapping `{name: settings}` or `{name, config}`."""
+    for key in (name, "config"):
+        inner = block.get(key) if key else None
+        if isinstance(inner, Mapping):
+            return inner
+    return block
 
 
 def _experiences(report: Report) -> list[dict[str, Any]]:

@@ -139,7 +139,7 @@ def curve_plot(report: Report) -> str:
     for j in range(len(rows)):
         points = [(i + 1.0, v) for i in range(j, len(rows)) if (v := rows[i][j]) is not None]
         if points:
-            series.append(svg.Series(f"experience {j + 1}: {names[j]}", points, style=None))
+            series.append(svg.Series(f"experience {j + 1}: {names[j]}", points, style=None, marks=len(rows) <= 15))
     mean = [(i + 1.0, v) for i, v in enumerate(row_averages(rows)) if v is not None]
     series.append(svg.Series("average over the experiences learnt", mean, style=0, width=2.8))
     values = [y for s in series for _, y in s.points]
@@ -211,6 +211,22 @@ def router_plots(report: Report) -> list[dict[str, str]]:
     return plots
 
 
+def router_history_plot(report: Report) -> str:
+    """The router's shares after each experience, means over all sites: whether new atoms are starved later on."""
+    history = report["details"].get("router_history") or []
+    series = []
+    for style, (key, name) in enumerate(
+        (("new_share", "slots won by new atoms"), ("off_rate", "tokens with none open"))
+    ):
+        points = [(i + 1.0, facts[key]) for i, facts in enumerate(history) if facts.get(key) is not None]
+        if points:
+            series.append(svg.Series(name, points, style=style))
+    if len(history) < 2 or not series:
+        return ""
+    y = svg.Axis(0.0, 1.0, "share (%)", lambda v: f"{100 * v:.0f}")
+    return svg.lines(series, experience_axis(len(history)), y, "router over experiences")
+
+
 # ---- a comparison
 def arm_curves(arms: Mapping[str, Sequence[Report]], metric: str) -> str:
     """Average score over experiences for each arm; the band is the 95 % interval over seeds."""
@@ -276,7 +292,7 @@ def _score_x(points: Sequence[svg.Point], metric: str, name: str) -> svg.Axis:
 
 def _cost_axis(points: Sequence[svg.Point], name: str) -> svg.Axis:
     values = [p.x for p in points]
-    label = {"seconds": "time of the run", "stored_bytes": "bytes stored beside the base model"}.get(name, name)
+    label = {"seconds": "training time", "stored_bytes": "bytes stored beside the base model"}.get(name, name)
     log = min(values) > 0 and max(values) / min(values) > 20
 
     def show(v: float) -> str:

@@ -1,12 +1,13 @@
 """Plots as inline SVG text: small, deterministic, no plotting library. Every function returns one `<svg>` element.
 
-Charts scale with the page (a 480-unit wide view box, legible down to a phone); heat maps keep their size and scroll.
+Charts scale with the page (a 440-unit wide view box, legible down to a phone); heat maps keep their size and scroll.
 """
 
 from __future__ import annotations
 
 import html
 import math
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,8 @@ from dataclasses import dataclass, field
 COLOURS = ("#0b6e99", "#c8500a", "#00805d", "#a8487f", "#7a6200", "#5b4b9a", "#3a87c9", "#4a4a4a")
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 INK, MUTED, GRID, BAD = "#16202a", "#53616e", "#e3e8ec", "#b3402a"
-WIDTH = 480
+WIDTH = 440
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 # Pale to deep: deep is always the better end.
 _RAMP = ((242, 247, 247), (199, 227, 224), (126, 190, 186), (45, 138, 137), (8, 84, 92))
 
@@ -77,8 +79,8 @@ class Axis:
 
 
 def clean(value: object) -> str:
-    """Text without control characters, which no page may hold."""
-    return "".join(c if c.isprintable() or c == " " else " " for c in str(value))
+    """Text without what no page may hold or what turns its neighbours round: controls, surrogates, bidi overrides."""
+    return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in str(value))
 
 
 def shorten(text: str, limit: int) -> str:
@@ -149,7 +151,7 @@ class _Frame:
     y: Axis
     height: float = 290
     left: float = 52
-    right: float = 14
+    right: float = 24
     top: float = 14
     bottom: float = 44
 
@@ -180,8 +182,9 @@ class _Frame:
 
 def integer_ticks(low: int, high: int, at_most: int = 12) -> list[float]:
     """Whole-number ticks, the last one always shown."""
-    step = max(1, math.ceil((high - low + 1) / at_most))
-    ticks = list(range(low, high + 1, step))
+    least = (high - low + 1) / at_most
+    step = next(m * 10**p for p in range(9) for m in (1, 2, 5) if m * 10**p >= least)
+    ticks = list(dict.fromkeys([low, *range(step * (low // step + 1), high + 1, step)]))
     if ticks[-1] != high:
         if high - ticks[-1] < step / 2 and len(ticks) > 1:
             ticks.pop()
@@ -242,13 +245,13 @@ def _line(one: Series, frame: _Frame) -> str:
     path = "L".join(f"{_n(a)} {_n(b)}" for a, b in at)
     parts = [_title(one.name)]
     if len(at) > 1:
-        width = 1.1 if one.style is None else one.width
+        width = one.width if one.style is not None else 1.1 if one.marks else 0.6
         parts.append(
             f'<path d="M{path}" fill="none" stroke="{tone}" stroke-width="{width}" stroke-linejoin="round"{pattern}/>'
         )
-    if one.style is None:
+    if one.style is None and one.marks:
         parts += [f'<circle cx="{_n(a)}" cy="{_n(b)}" r="1.8" fill="{tone}"/>' for a, b in at]
-    elif one.marks:
+    elif one.style is not None and one.marks:
         every = max(1, len(at) // 25)
         kept = [p for n, p in enumerate(at) if n % every == 0 or n == len(at) - 1]
         parts += [mark(one.style, a, b) for a, b in kept]
@@ -285,10 +288,11 @@ def _error_bars(p: Point, frame: _Frame) -> list[str]:
 
 def _label(p: Point, a: float, b: float, boxes: list[tuple[float, float, float, float]], frame: _Frame) -> list[str]:
     name = shorten(p.name, 30)
-    wide = 6.4 * len(name)
-    places = [(10, 4, "start"), (-10, 4, "end"), (0, -11, "middle"), (0, 20, "middle")]
+    wide = 7.0 * len(name)
+    places = [(10, 4, "start"), (-10, 4, "end")]
     places += [(10, dy, "start") for dy in (-10, 18, -24, 32, -38, 46, -52, 60)]
     places += [(-10, dy, "end") for dy in (-10, 18, -24, 32, -38, 46, -52, 60)]
+    places += [(0, -11, "middle"), (0, 20, "middle")]
     chosen = None
     for dx, dy, anchor in places:
         x = a + dx - (0 if anchor == "start" else wide if anchor == "end" else wide / 2)
@@ -304,7 +308,7 @@ def _label(p: Point, a: float, b: float, boxes: list[tuple[float, float, float, 
     dx, dy, anchor, box = chosen
     boxes.append(box)
     parts = []
-    if abs(dy - 4) > 16 and anchor != "middle":
+    if dy != 4 and anchor != "middle":
         parts.append(f'<path d="M{_n(a)} {_n(b)}L{_n(a + dx)} {_n(b + dy - 4)}" stroke="#b9c3cb"/>')
     return [*parts, _text(a + dx, b + dy, name, anchor, fill=INK)]
 
@@ -345,7 +349,7 @@ def bars(names: Sequence[str], values: Sequence[float | None], show: Callable[[f
 def _columns(names: Sequence[str], values: Sequence[float | None], show: Callable[[float], str], title: str) -> str:
     known = [v for v in values if v is not None]
     x = Axis(0.5, len(names) + 0.5, "experience", lambda v: f"{v:.0f}", ticks=integer_ticks(1, len(names)))
-    frame = _Frame(x, Axis(min([0.0, *known]), max([0.0, *known]) or 1.0, "", show))
+    frame = _Frame(x, Axis(min([0.0, *known]), max([0.0, *known]) or 1.0, "forgetting", show))
     parts = frame.draw()
     wide = (WIDTH - frame.left - frame.right) / len(names) * 0.7
     for i, (name, value) in enumerate(zip(names, values, strict=True), start=1):
@@ -392,7 +396,7 @@ def heatmap(
     chars = max((len(shorten(r, 22)) for r in rows), default=0)
     left = 14 + 6.6 * chars
     slanted = numbers and max((len(c) for c in columns), default=0) > 4
-    top = 78.0 if slanted else 24.0
+    top = 88.0 if slanted else 24.0
     parts = _heat_labels(rows, columns, left, top, cw, ch, slanted)
     for i, row in enumerate(cells):
         for j, value in enumerate(row):
@@ -421,7 +425,7 @@ def _heat_labels(
         x = left + (j + 0.5) * cw
         if slanted:
             turn = f' transform="rotate(-38 {_n(x)} {_n(top - 8)})"'
-            parts.append(_text(x - 4, top - 8, shorten(name, 13), "start", turn, INK))
+            parts.append(_text(x - 4, top - 8, shorten(name, 16), "start", turn, INK))
         elif j % every == 0:
             parts.append(_text(x, top - 8, shorten(name, 6), "middle", fill=INK))
     return parts

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..evaluation.metrics import direction
+from ..evaluation.metrics import direction, is_cost
 
 DASH = "–"
+MOST_LISTED = 24
 DIFFERENCES = frozenset(
     {"forgetting", "backward_transfer", "backward_transfer_clipped", "forward_transfer", "intransigence"}
 )
@@ -37,7 +38,10 @@ _LABELS = {
     "trainable_parameters": "Trainable parameters",
     "total_parameters": "All parameters",
     "stored_bytes": "Stored",
-    "seconds": "Time",
+    "seconds": "Training time",
+    "evaluation_seconds": "Evaluation time",
+    "samples": "Rows trained on",
+    "extra_rows": "Rows of extra passes",
     "steps": "Optimizer steps",
     "extra_passes": "Extra passes",
     "feature_drift": "Drift of old features (cosine distance)",
@@ -52,9 +56,6 @@ HINTS = {
     "backward_transfer": "change since just learnt; negative is loss",
     "forward_transfer": "on the next experience, against no learning",
     "worst_experience": "lowest final score",
-    "trainable_parameters": "trained at the end of the stream",
-    "stored_bytes": "state kept beside the base model",
-    "seconds": "wall clock of the run",
 }
 
 
@@ -65,11 +66,6 @@ def label(name: str, metric: str = "accuracy") -> str:
         return known.format(m=metric)
     words = name.replace("_", " ").strip()
     return words[:1].upper() + words[1:]
-
-
-def is_score(name: str) -> bool:
-    """True for figures in the unit of the run's metric."""
-    return name not in ("trainable_parameters", "total_parameters", "stored_bytes", "seconds", "steps", "extra_passes")
 
 
 def unit(name: str, metric: str = "accuracy") -> str:
@@ -138,7 +134,7 @@ def figure(name: str, value: Any, metric: str = "accuracy") -> str:
         return size(value)
     if name.endswith("parameters"):
         return count(value)
-    return count(value) if not is_score(name) else score(value, metric)
+    return count(value) if is_cost(name) else score(value, metric)
 
 
 def number(value: Any) -> str:
@@ -159,6 +155,10 @@ def text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{k}: {text(v)}" for k, v in value.items()) or DASH
     if isinstance(value, (list, tuple)):
+        if len(value) > 2 and all(v == value[0] for v in value):
+            return f"{text(value[0])} ({len(value)} times)"
+        if len(value) > MOST_LISTED:
+            return f"{', '.join(text(v) for v in value[:MOST_LISTED])} … ({len(value)} in all)"
         return ", ".join(text(v) for v in value) or DASH
     return repr(value) if isinstance(value, float) else str(value)
 
@@ -168,7 +168,7 @@ def interval(name: str, entry: Mapping[str, Any] | None, metric: str = "accuracy
     if not entry or entry["mean"] is None:
         return DASH
     shown = figure(name, entry["mean"], metric)
-    if entry["low"] is None or entry["high"] is None or not is_score(name):
+    if entry["low"] is None or entry["high"] is None or is_cost(name):
         return shown
     half = (entry["high"] - entry["low"]) / 2
     return f"{shown}\u00a0±\u00a0{score(half, metric)}"

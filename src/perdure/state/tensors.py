@@ -76,6 +76,7 @@ def sorted_dtypes() -> str:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The elements in row-major order as bytes; a copy is made only where memory is not so already."""
     plain = tensor.detach().resolve_neg().cpu().contiguous().reshape(-1)
+    plain = plain.as_strided((plain.numel(),), (1,))  # 0 or 1 elements count as contiguous with any stride
     return plain.view(torch.uint8).numpy().data
 
 

@@ -57,11 +57,11 @@ class HubSource(Strict):
 
 
 class StdlibSettings(Strict):
-    classes: int = Field(20, ge=2)
-    train_rows: int = Field(40, ge=1)
-    valid_rows: int = Field(10, ge=0)
-    test_rows: int = Field(10, ge=0)
-    max_chars: int = Field(600, ge=100)
+    classes: int = Field(default=20, ge=2)
+    train_rows: int = Field(default=40, ge=1)
+    valid_rows: int = Field(default=10, ge=0)
+    test_rows: int = Field(default=10, ge=0)
+    max_chars: int = Field(default=600, ge=100)
 
 
 class StdlibSource(Strict):
@@ -82,7 +82,7 @@ def _to_source(value: Any, field: str = "source") -> Any:
     kinds = [cls for key, cls in _KEYS.items() if key in value] if isinstance(value, Mapping) else []
     if len(kinds) != 1:
         raise ValueError(
-            f"{field}: expected a name, a path, or a mapping with exactly one of the keys {', '.join(_KEYS)}; found {value!r}"
+            f"{field}: expected a name, a path, or a mapping with one of the keys {', '.join(_KEYS)}; found {value!r}"
         )
     try:
         return kinds[0](**value)
@@ -94,43 +94,43 @@ class StreamConfig(Strict):
     """What is learnt, and in which order."""
 
     source: str | Source | list[str | Source]
-    """A named data set, a path, `stdlib`, a mapping with `name`, `path`, `hf` or `stdlib`, or a list of these (domains)."""
+    """A named data set, a path, `stdlib`, a mapping with `name`, `path`, `hf` or `stdlib`, or a list of these."""
     fields: dict[Field_, str] = Field(default_factory=dict)
     """Canonical field -> name in the user's files, e.g. {text: utterance, label: intent}."""
     scenario: Scenario = "class_incremental"
     experiences: int | str | list[list[str]] | None = None
     """How classes are grouped: a number, `B0-Inc10`, `B50-Inc5`, or the labels of each experience."""
     class_order: int | Literal["given", "seed"] | list[str] = "given"
-    """A seed (NumPy RandomState permutation; the field's usual one is 1993), `given`, `seed` (varies with the run's seed), or labels."""
+    """A seed (permutation by NumPy's RandomState, usually 1993), `given`, `seed` (the run's seed), or labels."""
     classes: list[str] | None = None
     """Declared labels; a row with another one is an error. The source's own where absent."""
     domain_field: str | None = None
     """The field whose values are the domains."""
     domain_order: list[str] | None = None
-    rows_per_class: int | None = Field(None, ge=1)
+    rows_per_class: int | None = Field(default=None, ge=1)
     """Training rows of each class (in each domain) at the most."""
-    test_rows_per_class: int | None = Field(None, ge=1)
-    valid_rows_per_class: int | None = Field(None, ge=1)
-    rows_per_experience: int | None = Field(None, ge=1)
+    test_rows_per_class: int | None = Field(default=None, ge=1)
+    valid_rows_per_class: int | None = Field(default=None, ge=1)
+    rows_per_experience: int | None = Field(default=None, ge=1)
     """Training rows of each domain at the most, for rows without labels."""
-    test_rows_per_experience: int | None = Field(None, ge=1)
-    validation: int | float | None = Field(None, gt=0)
-    """Share (below 1) or rows of each class, taken from training rows. The source's own validation rows where absent."""
-    test_share: float | None = Field(None, gt=0, lt=1)
+    test_rows_per_experience: int | None = Field(default=None, ge=1)
+    validation: int | float | None = Field(default=None, gt=0)
+    """Share (below 1) or rows of each class, taken from training rows; the source's own if absent."""
+    test_share: float | None = Field(default=None, gt=0, lt=1)
     """Share of the training rows that becomes the test rows of a source that has none."""
-    experience_rows: int | None = Field(None, ge=1)
+    experience_rows: int | None = Field(default=None, ge=1)
     """Rows of each portion of an online or boundary-free stream."""
-    blend: float | None = Field(None, ge=0)
+    blend: float | None = Field(default=None, ge=0)
     """Boundary-free: how far neighbouring blocks flow into each other, in blocks; 0 is class-blocked."""
     label_prefix: bool = False
-    """Puts the source's name before each label, so that equal labels of several sources are different classes."""
+    """Puts the source's name before each label, so that equal labels of several sources are several classes."""
     text_unit: Literal["blocks", "lines", "paragraphs"] | None = None
     """Plain text: what one row is; blocks where absent."""
-    block_chars: int | None = Field(None, ge=1)
+    block_chars: int | None = Field(default=None, ge=1)
     """Plain text: characters of a block; 1000 where absent."""
     max_chars: int | dict[Literal["train", "valid", "test"], int] | None = None
     """Plain text: characters that are used of each split."""
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(default=None, ge=0)
     """Of all draws; the run's seed where absent."""
 
     @field_validator("source", mode="before")
@@ -147,7 +147,7 @@ class StreamConfig(Strict):
     def _no_truth(cls, value: Any) -> Any:
         if value is True or value is False:
             raise ValueError(f"expected a number, text or a list, found {value!r}")
-        return value
+        return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
 
     @property
     def sources(self) -> list[str | Source]:
@@ -177,30 +177,36 @@ def _impossible(c: StreamConfig) -> str | None:
     several, domains = len(c.sources) > 1, c.by_domain is not None or len(c.sources) > 1
     by_class = c.scenario in ("class_incremental", "task_incremental")
     small = c.scenario in ("online", "boundary_free")
-    numeric = isinstance(c.validation, float)
+    listed = isinstance(c.experiences, list)
     text = [c.text_unit, c.block_chars, c.max_chars] != [None] * 3
-    rules: list[tuple[bool, str]] = [
-        (several and c.domain_field is not None, "domain_field: a list of sources is parted by source; remove one of the two"),
-        (several and by_class, f"scenario: {c.scenario} takes one source, found {len(c.sources)}; use domain_incremental"),
-        (by_class and c.domain_field is not None, f"domain_field: {c.scenario} has no domains; use domain_incremental"),
-        (c.scenario == "domain_incremental" and not domains, "domain_field: domain_incremental needs it, or a list of sources"),
-        (c.domain_order is not None and c.by_domain is None, "domain_order: needs domain_field; a list of sources is in order already"),
-        (domains and c.experiences is not None, "experiences: the domains are the experiences; remove the setting"),
-        (not domains and c.experiences is None, f"experiences: {c.scenario} needs it: a number, 'B0-Inc10' or lists of labels"),
-        (domains and c.class_order != "given", "class_order: domains come in the order of their sources or domain_order"),
-        (isinstance(c.experiences, list) and c.class_order != "given", "class_order: `experiences` lists the classes already; remove it"),
-        (small and c.experience_rows is None, f"experience_rows: {c.scenario} needs it: the rows of one portion"),
-        (not small and c.experience_rows is not None, f"experience_rows: {c.scenario} has no portions; use online or boundary_free"),
-        (c.blend is not None and c.scenario != "boundary_free", f"blend: {c.scenario} has boundaries; use boundary_free"),
-        (numeric and not 0 < (c.validation or 0) < 1, f"validation: {c.validation} is neither a share below 1 nor a whole number of rows"),
-        (c.valid_rows_per_class is not None and isinstance(c.validation, int), "valid_rows_per_class: validation gives the number already"),
-        (c.label_prefix and not several, "label_prefix: needs a list of sources"),
-        (c.block_chars is not None and c.text_unit in ("lines", "paragraphs"), f"block_chars: text_unit is {c.text_unit}; remove one of the two"),
-        (text and not any(_is_plain_text(s) for s in c.sources), "text_unit, block_chars, max_chars: need a plain-text source"),
-        (bool(c.fields) and not any(_has_own_fields(s) for s in c.sources), "fields: a named source has its fields already; remove the setting"),
-    ]  # fmt: skip
-    problem = next((message for holds, message in rules if holds), None)
-    return problem or _unfit_for_text(c)
+    rules: list[tuple[bool, str, str]] = [
+        (several and c.domain_field is not None, "domain_field", "a list of sources is parted by source; remove it"),
+        (several and by_class, "scenario", f"{c.scenario} takes one source; use domain_incremental for a list"),
+        (by_class and c.domain_field is not None, "domain_field", f"{c.scenario} has none; use domain_incremental"),
+        (not by_class and not small and not domains, "domain_field", "the scenario needs it or a list of sources"),
+        (c.domain_order is not None and c.by_domain is None, "domain_order", "needs domain_field; a list is in order"),
+        (domains and c.experiences is not None, "experiences", "the domains are the experiences; remove the setting"),
+        (not domains and c.experiences is None, "experiences", "needs a number, 'B0-Inc10' or lists of labels"),
+        (domains and c.class_order != "given", "class_order", "domains come in the order of domain_order"),
+        (listed and c.class_order != "given", "class_order", "`experiences` lists the classes already; remove it"),
+        (small and c.experience_rows is None, "experience_rows", f"{c.scenario} needs the number of rows of a portion"),
+        (not small and c.experience_rows is not None, "experience_rows", "only online and boundary_free have portions"),
+        (c.blend is not None and c.scenario != "boundary_free", "blend", "has a meaning in boundary_free only"),
+        (isinstance(c.validation, float) and c.validation >= 1, "validation", "use a share below 1 or a whole number"),
+        (None not in (c.valid_rows_per_class, c.validation), "valid_rows_per_class", "`validation` gives the number"),
+        (c.label_prefix and not several, "label_prefix", "needs a list of sources"),
+        (c.block_chars is not None and c.text_unit not in (None, "blocks"), "block_chars", "text_unit is not blocks"),
+        (text and not any(map(_is_plain_text, c.sources)), "text_unit, block_chars, max_chars", "need plain text"),
+        (c.fields != {} and not any(map(_has_own_fields, c.sources)), "fields", "named sources have their own"),
+    ]
+    for holds, name, message in rules:
+        if holds:
+            return f"{name}: {message} (found {_found(c, name)})"
+    return _unfit_for_text(c)
+
+
+def _found(c: StreamConfig, names: str) -> str:
+    return ", ".join(repr(getattr(c, name)) for name in names.split(", "))
 
 
 def _unfit_for_text(c: StreamConfig) -> str | None:
@@ -297,7 +303,7 @@ def _read(source: str | Source, config: StreamConfig, seed: int) -> Splits:
     if isinstance(config.max_chars, int):
         limits = dict.fromkeys(("train", "valid", "test"), config.max_chars)
     how = Reading(
-        dict(config.fields) if _has_own_fields(source) else {},
+        {str(name): own for name, own in config.fields.items()} if _has_own_fields(source) else {},
         tuple(required),
         config.text_unit or "blocks",
         config.block_chars or 1000,

@@ -33,7 +33,8 @@ class ImageRow(Mapping[str, Any]):
 
     Args:
         fields: everything but the image.
-        source: encoded bytes (JPEG, PNG ...), a path to an image file, or a uint8 array [H, W], [H, W, 1 or 3] or [1 or 3, H, W].
+        source: encoded bytes (JPEG, PNG ...), a path to an image file, or a uint8 array [H, W], [H, W, 1 or 3] or
+            [1 or 3, H, W].
         where: how an error names this row.
     """
 
@@ -141,15 +142,17 @@ def as_label(value: Any, where: str) -> str:
 
 def as_row(row: Any, where: str) -> Row:
     if not isinstance(row, Mapping):
-        raise BadInput(
-            f"{where}: expected a mapping such as {{'text': ..., 'label': ...}}, found {type(row).__name__}"
-        )
+        raise BadInput(f"{where}: expected a mapping such as {{'text': ..., 'label': ...}}, found {type(row).__name__}")
     if "label" in row and not isinstance(row["label"], str):
         label = as_label(row["label"], where)
-        row = ImageRow({**row.fields, "label": label}, row.source, row.where) if isinstance(row, ImageRow) else {
-            **row,
-            "label": label,
-        }
+        row = (
+            ImageRow({**row.fields, "label": label}, row.source, row.where)
+            if isinstance(row, ImageRow)
+            else {
+                **row,
+                "label": label,
+            }
+        )
     if isinstance(row, ImageRow) or "image" not in row:
         return row
     image = row["image"]

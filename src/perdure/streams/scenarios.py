@@ -1,7 +1,7 @@
 """Scenarios: labelled rows -> experiences. Pure functions of rows, settings and a seed. Imports no torch.
 
-van de Ven, Tuytelaars, Tolias, "Three types of incremental learning", Nature Machine Intelligence 2022 (class, domain, task);
-`B50-Inc5` as in PyCIL: 50 classes first, then 5 at a time; class order seed 1993 as in iCaRL's successors.
+Class-, domain- and task-incremental: van de Ven, Tuytelaars, Tolias, "Three types of incremental learning", Nature
+Machine Intelligence 2022. `B50-Inc5` as in PyCIL: 50 classes first, then 5 at a time; class order seed 1993 likewise.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _cap(rows: Rows, per_class: int | None, total: int | None, seed: int, purpos
 
 
 def take_aside(rows: Rows, amount: float, seed: int, purpose: str, where: str) -> tuple[Rows, Rows]:
-    """Splits rows into (kept, taken), class by class.
+    """Splits rows into (kept, taken), class by class; of plain text, the end is taken, so that no passage is cut twice.
 
     Args:
         amount: a share below 1 (at least one row of each class that has two), or a number of rows of each class.
@@ -120,7 +120,8 @@ def take_aside(rows: Rows, amount: float, seed: int, purpose: str, where: str) -
                 f"{purpose}: {count} rows of {where}{f', class {label!r},' if label else ''} were asked for, "
                 f"but it has only {len(places)} training rows; ask for fewer"
             )
-        taken.update(_draw(places, count, _generator(seed, purpose, label)))
+        plain = set(rows[0]) == {"text"}
+        taken.update(places[len(places) - count :] if plain else _draw(places, count, _generator(seed, purpose, label)))
     kept = CheckedRows(row for i, row in enumerate(rows) if i not in taken)
     return kept, CheckedRows(rows[i] for i in sorted(taken))
 
@@ -158,7 +159,9 @@ def order_classes(data: Splits, order: int | str | Sequence[str] = "given") -> l
     """
     labels = labels_of(data.train)
     if not labels:
-        raise BadInput(f"source {data.name!r}: rows have no field 'label', which this scenario needs; name it in `fields`")
+        raise BadInput(
+            f"source {data.name!r}: rows have no field 'label', which this scenario needs; name it in `fields`"
+        )
     present = set(labels)
     declared = [label for label in data.classes if label in present] if data.classes else labels
     if isinstance(order, int):
@@ -188,7 +191,7 @@ def group_classes(ordered: Sequence[str], experiences: int | str | Sequence[Sequ
     """Cuts ordered classes into experiences.
 
     Args:
-        experiences: a number (where it does not divide the classes, the first get one more), "B0-Inc10" (10 at a time) or
+        experiences: a number (where it does not divide the classes, the first get one more), "B0-Inc10" (10 at a time),
             "B50-Inc5" (50 first, then 5 at a time; the last may be smaller), or the classes of each.
 
     Raises:
@@ -203,7 +206,9 @@ def group_classes(ordered: Sequence[str], experiences: int | str | Sequence[Sequ
     elif isinstance(experiences, str):
         match = _SPLIT_PATTERN.fullmatch(experiences.strip())
         if match is None or int(match[2]) == 0:
-            raise BadInput(f"experiences: {experiences!r} is not understood; use a number, 'B0-Inc10' or lists of labels")
+            raise BadInput(
+                f"experiences: {experiences!r} is not understood; use a number, 'B0-Inc10' or lists of labels"
+            )
         base, step = int(match[1]), int(match[2])
         if max(base, step) > count:
             raise BadInput(f"experiences: {experiences!r} needs {max(base, step)} classes at once, there are {count}")
@@ -228,7 +233,9 @@ def _listed_groups(ordered: Sequence[str], experiences: Sequence[Sequence[str]])
             if label not in ordered:
                 raise BadInput(f"experiences.{i}: no training row has label {label!r}; known: {_some(ordered)}")
             if label in seen:
-                raise BadInput(f"experiences.{i}: label {label!r} occurs twice; classes of experiences must be disjoint")
+                raise BadInput(
+                    f"experiences.{i}: label {label!r} occurs twice; classes of experiences must be disjoint"
+                )
             seen.add(label)
     return groups
 
@@ -262,15 +269,19 @@ def class_incremental(
     groups = group_classes(order_classes(data, class_order), experiences)
     chosen = select(_only(data, {label for group in groups for label in group}), how or Selection())
     home = {label: i for i, group in enumerate(groups) for label in group}
-    splits = {s: _share_out(getattr(chosen, s), len(groups), lambda r: home[r["label"]]) for s in ("train", "valid", "test")}
+    splits = {
+        s: _share_out(getattr(chosen, s), len(groups), lambda r: home[r["label"]]) for s in ("train", "valid", "test")
+    }
     return [
         Experience(
             i,
-            f"classes {_span(groups, i)}" if len(group) > 1 else group[0],
+            _title(groups, i),
             classes=group,
             task=i if tasks else None,
             last=i == len(groups) - 1,
-            **{split: rows[i] for split, rows in splits.items()},
+            train=splits["train"][i],
+            valid=splits["valid"][i],
+            test=splits["test"][i],
         )
         for i, group in enumerate(groups)
     ]
@@ -300,9 +311,9 @@ def _share_out(rows: Rows, count: int, home: Callable[[Row], int]) -> list[Rows]
     return [CheckedRows(part) for part in parts]
 
 
-def _span(groups: Sequence[Sequence[str]], index: int) -> str:
-    start = sum(len(group) for group in groups[:index])
-    return f"{start}-{start + len(groups[index]) - 1}"
+def _title(groups: Sequence[Sequence[str]], index: int) -> str:
+    start, size = sum(len(group) for group in groups[:index]), len(groups[index])
+    return f"classes {start}-{start + size - 1}" if size > 1 else groups[index][0]
 
 
 # ---- domains
@@ -330,11 +341,11 @@ def by_field(data: Splits, domain_field: str, order: str | Sequence[str] = "give
         raise BadInput(f"domain_order: a domain occurs twice in {domains}")
     parts = []
     for domain in domains:
-        rows = {
-            split: CheckedRows(row for row in getattr(data, split) if str(row[domain_field]) == domain)
-            for split in ("train", "valid", "test")
-        }
-        parts.append(replace(data, name=domain, **rows))
+        train, valid, test = (
+            CheckedRows(row for row in rows if str(row[domain_field]) == domain)
+            for rows in (data.train, data.valid, data.test)
+        )
+        parts.append(replace(data, name=domain, train=train, valid=valid, test=test))
     return parts
 
 
@@ -347,7 +358,8 @@ def domain_incremental(parts: Sequence[Splits], how: Selection | None = None) ->
     Raises:
         BadInput: a test or validation row has a label that no training row up to its own domain has.
     """
-    made, known = [], set()
+    made: list[Experience] = []
+    known: set[str] = set()
     for i, part in enumerate(parts):
         part = select(part, how or Selection(), salt=f"/{part.name}")
         labels = labels_of(part.train)
@@ -356,8 +368,8 @@ def domain_incremental(parts: Sequence[Splits], how: Selection | None = None) ->
             for number, row in enumerate(getattr(part, split)):
                 if labels and row.get("label") not in known:
                     raise BadInput(
-                        f"domain {part.name!r}, {split} row {number}: label {row.get('label')!r} is in no training row up to "
-                        f"this domain ({_some(sort_labels(known))}); correct the label or leave the row out"
+                        f"domain {part.name!r}, {split} row {number}: label {row.get('label')!r} is in no training row "
+                        f"up to this domain ({_some(sort_labels(known))}); correct the label or leave the row out"
                     )
         ordered = [label for label in part.classes if label in labels] if set(labels) <= set(part.classes) else labels
         last = i == len(parts) - 1
@@ -367,7 +379,7 @@ def domain_incremental(parts: Sequence[Splits], how: Selection | None = None) ->
 
 # ---- small portions
 def online(blocks: Sequence[Experience], rows: int, seed: int = 0) -> list[Experience]:
-    """Single pass: each experience of `blocks`, shuffled, in portions of `rows` rows; the last of a block may be shorter.
+    """Each experience of `blocks`, shuffled, in portions of `rows` rows; the last of a block may be shorter.
 
     Test and validation rows of a block come with its last portion.
     """
@@ -393,8 +405,8 @@ def online(blocks: Sequence[Experience], rows: int, seed: int = 0) -> list[Exper
 def boundary_free(blocks: Sequence[Experience], rows: int, blend: float = 0.0, seed: int = 0) -> list[Experience]:
     """Portions of `rows` rows that do not end where blocks end.
 
-    Every row of block b gets the time b + u + blend * v, with u uniform in [0, 1) and v uniform in [-1, 1); the stream runs
-    in the order of time. `blend` 0 is class-blocked; larger values let neighbouring blocks flow into each other.
+    Every row of block b gets the time b + u + blend * v, u uniform in [0, 1), v uniform in [-1, 1); rows come in the
+    order of time. `blend` 0 is class-blocked; larger values let neighbouring blocks flow into each other.
 
     Test and validation rows of a block come with the portion that holds its last training row.
     """

@@ -1,4 +1,4 @@
-"""Readers of a user's own files. Every row is checked; an error names the file, the row and the remedy. Imports no torch."""
+"""Readers of a user's own files: every row is checked, errors name file, row and remedy. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -221,7 +221,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 # ---- plain text
 def text_rows(text: str, how: Reading, split: str, where: str) -> Rows:
-    """Plain text -> rows {"text": ...}. Blocks join to the text again; blank lines and paragraphs are left out.
+    """Plain text -> rows {"text": ...}. Blocks join to the text again (blank ones join a neighbour); blank lines and
+    paragraphs are left out.
 
     Raises:
         BadInput: there is nothing but blanks.
@@ -229,11 +230,16 @@ def text_rows(text: str, how: Reading, split: str, where: str) -> Rows:
     limit = how.max_chars.get(split)
     text = text if limit is None else text[:limit]
     if how.unit == "lines":
-        parts: Sequence[str] = text.splitlines()
+        parts = text.splitlines()
     elif how.unit == "paragraphs":
-        parts = [part.strip("\r\n") for part in re.split(r"(?:\r?\n[ \t]*){2,}", text)]
+        parts = [part.strip("\r\n") for part in re.split(r"\r?\n(?:[ \t]*\r?\n)+", text)]
     else:
-        parts = [text[i : i + how.block_chars] for i in range(0, len(text), how.block_chars)]
+        parts = []
+        for block in (text[i : i + how.block_chars] for i in range(0, len(text), how.block_chars)):
+            if parts and not (block.strip() and parts[-1].strip()):
+                parts[-1] += block
+            else:
+                parts.append(block)
     rows = CheckedRows({"text": part} for part in parts if part.strip())
     if not rows:
         raise BadInput(f"{where}: is empty; it needs some text")
@@ -270,16 +276,14 @@ def read_path(
     if found in ("npz", "images"):
         read = read_npz if found == "npz" else read_folder
         data = read(path, how, name)
-        others = {
-            split: read(Path(other), how, name).train
-            for split, other in (("test", test), ("valid", valid))
-            if other is not None
-        }
-        return Splits(name, data.train, **{"test": data.test, "valid": data.valid, **others}, classes=data.classes,
-                      domains=data.domains)  # fmt: skip
-    splits = {
-        split: read_rows(Path(other), how, split, kind)
-        for split, other in (("train", path), ("test", test), ("valid", valid))
-        if other is not None
-    }
-    return Splits(name, **splits)
+        if test is not None:
+            data = replace(data, test=read(Path(test), how, name).train)
+        if valid is not None:
+            data = replace(data, valid=read(Path(valid), how, name).train)
+        return data
+    return Splits(
+        name,
+        read_rows(path, how, "train", kind),
+        () if test is None else read_rows(Path(test), how, "test", kind),
+        () if valid is None else read_rows(Path(valid), how, "valid", kind),
+    )

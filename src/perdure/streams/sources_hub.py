@@ -50,8 +50,8 @@ def read_hub(
         except Exception as error:  # the hub, its cache and the readers each raise their own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BadInput(
-                f"source.hf: {hf!r}, split {name!r}, cannot be loaded ({type(error).__name__}: {reason}); check the id, "
-                "the split and the network, or load it once with a network so that it is in the cache"
+                f"source.hf: {hf!r}, split {name!r}, cannot be loaded ({type(error).__name__}: {reason}); "
+                "check the id, the split and the network, or load it once with a network so that it is in the cache"
             ) from error
         table = _undecoded(table, datasets)
         names = _class_names(table.features, how.fields.get("label", "label"))
@@ -80,7 +80,9 @@ def _rows(table: Any, names: list[str], how: Reading, where: str) -> Rows:
         record = dict(record)
         if names and isinstance(record.get(label), int):
             if not 0 <= record[label] < len(names):
-                raise BadInput(f"{where}, row {i}: has no label (class number {record[label]}); choose a labelled split")
+                raise BadInput(
+                    f"{where}, row {i}: has no label (class number {record[label]}); choose a labelled split"
+                )
             record[label] = names[record[label]]
         if isinstance(record.get(image), dict):
             record[image] = record[image].get("bytes") or record[image].get("path")

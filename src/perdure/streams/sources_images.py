@@ -1,4 +1,4 @@
-"""Images: npz arrays, packed JPEG and folders with a class in each subfolder. Imports no torch, Pillow only to decode."""
+"""Images: npz arrays, packed JPEG, folders with a subfolder for each class. Imports no torch, Pillow only to decode."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def load_npz(path: Path) -> Mapping[str, Any]:
 
 
 def read_npz(path: Path, how: Reading, name: str) -> Splits:
-    """Arrays `x` and `y` (or `x_train`, `y_train`, `x_test` ...), or packed JPEG `jpeg`, `offsets`, `y` with the same prefixes.
+    """Arrays `x` and `y` (or `x_train`, `y_train`, `x_test` ...), or packed `train_jpeg`, `train_offsets`, `train_y`.
 
-    Image i of a packed set is `jpeg[offsets[i]:offsets[i + 1]]`. Optional: `class_names` (index -> label), `domain` with
-    `domain_names`. `x` is uint8 [N, H, W], [N, 3, H, W] or [N, H, W, 3], or an array of texts [N]. `fields` may rename `x`
-    (image or text) and `y` (label).
+    Image i of a packed set is `jpeg[offsets[i]:offsets[i + 1]]`. Optional: `class_names` (index -> label), `domain`
+    with `domain_names`. `x` is uint8 [N, H, W], [N, 3, H, W] or [N, H, W, 3], or an array of texts [N]. `fields` may
+    rename `x` (image or text) and `y` (label).
 
     Raises:
         BadInput: keys are missing, lengths differ, or a label is outside `class_names`.
@@ -62,7 +62,7 @@ def read_npz(path: Path, how: Reading, name: str) -> Splits:
             splits[split] = CheckedRows(_npz_rows(arrays, keys, path, split))
     if "train" not in splits:
         raise BadInput(
-            f"{path}: has no arrays {x!r} and {y!r}, {x}_train and {y}_train, or train_jpeg, train_offsets and train_{y}; "
+            f"{path}: has no arrays {x!r} and {y!r}, {x}_train and {y}_train, or train_jpeg and train_offsets; "
             f"found {', '.join(arrays)}; name them: fields: {{image: ..., label: ...}}"
         )
     classes = tuple(str(label) for label in arrays.get("class_names", ()))
@@ -88,7 +88,9 @@ def _npz_rows(arrays: Mapping[str, Any], keys: Mapping[str, str], path: Path, sp
     items = _texts_or_images(arrays, keys, path)
     for kind in ("y", "domain"):
         if kind in keys and len(arrays[keys[kind]]) != len(items):
-            raise BadInput(f"{path}: {keys[kind]} has {len(arrays[keys[kind]])} entries, but there are {len(items)} rows")
+            raise BadInput(
+                f"{path}: {keys[kind]} has {len(arrays[keys[kind]])} entries, but there are {len(items)} rows"
+            )
     for i, item in enumerate(items):
         where = f"{path}, {split} row {i}"
         fields: dict[str, Any] = {}
@@ -104,16 +106,16 @@ def _texts_or_images(arrays: Mapping[str, Any], keys: Mapping[str, str], path: P
         packed, offsets = arrays[keys["jpeg"]], arrays[keys["offsets"]]
         ends = [int(offset) for offset in offsets]
         if ends[:1] != [0] or ends[-1] != len(packed) or any(a >= b for a, b in itertools.pairwise(ends)):
-            raise BadInput(
-                f"{path}: {keys['offsets']} must rise from 0 to {len(packed)}, the length of {keys['jpeg']}; pack the set again"
-            )
+            raise BadInput(f"{path}: {keys['offsets']} must rise from 0 to {len(packed)}, the size of {keys['jpeg']}")
         whole = packed.tobytes()
         return [whole[a:b] for a, b in itertools.pairwise(ends)]
     x = arrays[keys["x"]]
     if x.dtype.kind == "U":
         return [str(text) for text in x]
     if x.ndim not in (3, 4):
-        raise BadInput(f"{path}: {keys['x']} has shape {list(x.shape)}, expected images [N, H, W], [N, 3, H, W] or [N, H, W, 3]")
+        raise BadInput(
+            f"{path}: {keys['x']} has shape {list(x.shape)}, expected images [N, H, W], [N, 3, H, W] or [N, H, W, 3]"
+        )
     if len(x):
         to_hwc(x[0], f"{path}, {keys['x']}")  # type and layout, once
     return list(x)
@@ -129,7 +131,7 @@ def _name_of(value: Any, names: np.ndarray | None, where: str) -> str:
 
 
 def read_folder(path: Path, how: Reading, name: str) -> Splits:
-    """A folder with one subfolder of image files for each class, or with `train`, `valid` and `test` folders of that form.
+    """A folder with one subfolder of image files for each class, or `train`, `valid` and `test` folders of that form.
 
     Files are opened when a row's image is read.
 
@@ -138,7 +140,11 @@ def read_folder(path: Path, how: Reading, name: str) -> Splits:
     """
     if not path.is_dir():
         raise BadInput(f"{path}: is not a folder; an image folder has one subfolder for each class")
-    parts = {_SPLIT_FOLDERS[p.name.lower()]: p for p in sorted(path.iterdir()) if p.is_dir() and p.name.lower() in _SPLIT_FOLDERS}
+    parts = {
+        _SPLIT_FOLDERS[p.name.lower()]: p
+        for p in sorted(path.iterdir())
+        if p.is_dir() and p.name.lower() in _SPLIT_FOLDERS
+    }
     roots = parts if "train" in parts else {"train": path}
     splits = {}
     for split, root in roots.items():
@@ -146,7 +152,9 @@ def read_folder(path: Path, how: Reading, name: str) -> Splits:
         for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
             files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDINGS and f.is_file())
             if not files:
-                raise BadInput(f"{folder}: holds no image files ({', '.join(sorted(ENDINGS))}); remove the folder or fill it")
+                raise BadInput(
+                    f"{folder}: holds no image files ({', '.join(sorted(ENDINGS))}); remove the folder or fill it"
+                )
             rows += [ImageRow({"label": folder.name}, file, str(file)) for file in files]
         if not rows:
             raise BadInput(f"{root}: has no subfolders with images; expected one subfolder for each class")

@@ -41,15 +41,31 @@ class Named:
 
 
 def _jsonl(folder: str, name: str, splits: str = "train test", kind: str = "text", **options: Any) -> Named:
-    parts = dict(part.split("=") if "=" in part else (part, part) for part in splits.split())
-    return Named({split: f"{folder}/{name}.{part}.jsonl.gz" for split, part in parts.items()}, kind, **options)
+    parts = [part.partition("=") for part in splits.split()]
+    files = {split: f"{folder}/{name}.{part or split}.jsonl.gz" for split, _, part in parts}
+    return Named(files, kind, **options)
 
 
-# The order of O-LoRA's order 4 (arXiv 2310.14152, table 9), without Yahoo.
-TEXTCL = "mnli cb wic copa qqp boolqa rte imdb yelp amazon sst2 dbpedia agnews multirc".split()
+# The order of O-LoRA's order 4 (arXiv 2310.14152), without Yahoo.
+TEXTCL = [
+    "mnli",
+    "cb",
+    "wic",
+    "copa",
+    "qqp",
+    "boolqa",
+    "rte",
+    "imdb",
+    "yelp",
+    "amazon",
+    "sst2",
+    "dbpedia",
+    "agnews",
+    "multirc",
+]
 # The order of TRACE (arXiv 2310.06762), without MeetingBank; Yahoo topics last.
-TRACE500 = "c_stance fomc py150 scienceqa numglue_cm numglue_ds 20minuten yahoo".split()
-LM = "shakespeare kjv_bible wikitext2_eval python_stdlib c_source_lua don_quijote_es".split()
+TRACE500 = ["c_stance", "fomc", "py150", "scienceqa", "numglue_cm", "numglue_ds", "20minuten", "yahoo"]
+LM = ["shakespeare", "kjv_bible", "wikitext2_eval", "python_stdlib", "c_source_lua", "don_quijote_es"]
 
 NAMED: dict[str, Named] = {
     "clinc150": _jsonl(
@@ -68,11 +84,17 @@ NAMED: dict[str, Named] = {
         for name in LM
     },
     "facts/counterfact": _jsonl(
-        "facts", "counterfact", "train=edit2000 valid=val500", "pairs", fields={"prompt": "prompt", "answer": "target_new"}
+        "facts",
+        "counterfact",
+        "train=edit2000 valid=val500",
+        "pairs",
+        fields={"prompt": "prompt", "answer": "target_new"},
     ),
     "facts/zsre": _jsonl("facts", "zsre", "train=1k", "pairs", fields={"prompt": "src", "answer": "alt"}),
     **{
-        f"facts/tofu_{part}": _jsonl("facts", "tofu", f"train={part}", "pairs", fields={"prompt": "question", "answer": "answer"})
+        f"facts/tofu_{part}": _jsonl(
+            "facts", "tofu", f"train={part}", "pairs", fields={"prompt": "question", "answer": "answer"}
+        )
         for part in ("forget10", "retain90", "retain_perturbed", "real_authors", "world_facts")
     },
     "cifar100": Named({"train": "vision/cifar100_train20k.npz", "test": "vision/cifar100_test.npz"}, "images"),
@@ -111,7 +133,7 @@ def data_folder() -> Path:
     value = os.environ.get(VARIABLE)
     if not value:
         raise BadInput(
-            f"source: named data sets lie in a folder of your own; set {VARIABLE} to it (the folder that holds MANIFEST.json), "
+            f"source: named data sets lie in a folder of your own; set {VARIABLE} to it (it holds MANIFEST.json), "
             "or give files by path"
         )
     folder = Path(value)
@@ -188,7 +210,8 @@ def read_named(name: str, how: Reading | None = None, part: str | None = None) -
     if entry.kind == "images":
         data = _read_images(full, paths, how)
     else:
-        data = Splits(short, **{split: read_rows(path, how, split) for split, path in paths.items()})
+        rows = {split: read_rows(path, how, split) for split, path in paths.items()}
+        data = Splits(short, rows["train"], rows.get("test", ()), rows.get("valid", ()))
     digests = {relative: verified_digest(relative) for relative in files.values()}
     return replace(data, name=short, details={"files": digests})
 

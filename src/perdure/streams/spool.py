@@ -118,7 +118,9 @@ class SpooledRows(Sequence[Row]):
             file.seek(place)
             payload = unframe(file.readline())
         if payload is None:
-            raise DamagedState(f"{self._where}, row {index}: {self._path} changed since it was opened; restore the file")
+            raise DamagedState(
+                f"{self._where}, row {index}: {self._path} changed since it was opened; restore the file"
+            )
         return decode_row(json.loads(payload)["row"], f"{self._where}, row {index}")
 
 
@@ -144,13 +146,13 @@ class Spool:
         self._pending: dict[str, array[int]] = _no_places()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            fresh = not self.path.exists() or self.path.stat().st_size == 0
-            self._file = self.path.open("ab")
         except OSError as error:
-            raise CannotWrite(f"spool folder {self.folder}: {error.strerror}; choose a folder that can be written") from None
-        if not fresh:
+            raise CannotWrite(
+                f"spool folder {self.folder}: {error.strerror}; choose a folder that can be written"
+            ) from None
+        if self._size():
             self._scan()
-        if self._file.tell() == 0 or self.path.stat().st_size == 0:
+        if not self._size():
             self._write([{"schema": SCHEMA}])
             _sync_folder(self.folder)
 
@@ -220,10 +222,6 @@ class Spool:
         self._pending = _no_places()
         return count
 
-    def release(self) -> None:
-        """Closes the file; closed experiences stay readable."""
-        self._file.close()
-
     # ---- inside
     def _rows(self, split: str, places: array[int], index: int, labels: Sequence[str] | None = None) -> SpooledRows:
         where = f"spooled experience {index}, {split}"
@@ -235,41 +233,43 @@ class Spool:
         index = len(self)
         splits = {s: self._rows(s, self._pending[s], index, mark["labels"][s]) for s in _SPLITS}
         experience = Experience(
-            index, mark["name"], classes=tuple(mark["classes"]), task=mark["task"], hash=mark["hash"], **splits
+            index,
+            mark["name"],
+            splits["train"],
+            splits["test"],
+            splits["valid"],
+            classes=tuple(mark["classes"]),
+            task=mark["task"],
+            hash=mark["hash"],
         )
         self._experiences.append(experience)
         self._pending = _no_places()
         return experience
 
     def _write(self, records: Sequence[Mapping[str, Any]], sync: bool = True) -> list[int]:
-        places = []
-        start = self._file.seek(0, os.SEEK_END)
+        data = [frame(json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode()) for record in records]
+        start = self._size()
         try:
-            for record in records:
-                places.append(self._file.tell())
-                self._file.write(frame(json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode()))
-            self._file.flush()
-            if sync:
-                os.fsync(self._file.fileno())
+            with self.path.open("ab") as file:
+                file.write(b"".join(data))
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
         except OSError as error:
-            self._undo_write(start)
-            raise CannotWrite(f"spool {self.path}: {error.strerror}; free space, then run the same command again") from None
-        return places
+            self._cut(start)  # a full disk leaves half a record
+            raise CannotWrite(
+                f"spool {self.path}: {error.strerror}; free space, then run the same command again"
+            ) from None
+        return [start + sum(map(len, data[:i])) for i in range(len(data))]
 
-    def _undo_write(self, start: int) -> None:
-        # A full disk leaves half a record; bytes still in Python's buffer must not follow later. Reopening repairs the rest.
-        try:
-            self._file.close()
-        except OSError:
-            pass
-        os.truncate(self.path, start)
-        self._file = self.path.open("ab")
+    def _size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
 
     def _cut(self, size: int) -> None:
-        self._file.flush()
-        os.truncate(self.path, size)
-        self._file.seek(0, os.SEEK_END)
-        os.fsync(self._file.fileno())
+        if self._size() > size:
+            with self.path.open("r+b") as file:
+                file.truncate(size)
+                os.fsync(file.fileno())
 
     def _scan(self) -> None:
         end, number, bad = 0, 0, None
@@ -283,7 +283,7 @@ class Spool:
                     self._read_record(json.loads(payload), end, number)
                 elif b'"experience"' in payload[:14]:
                     raise DamagedState(
-                        f"spool {self.path}, line {bad[0]}: the record fails its checksum and a later experience needs it; "
+                        f"spool {self.path}, line {bad[0]}: a record that a later experience needs is damaged; "
                         "restore the file from a copy, or remove it to draw the stream anew"
                     )
                 end += len(line)
@@ -325,10 +325,11 @@ class SpooledStream(Stream):
         items: an iterator or generator. Each item is an experience in one of the forms that `Stream.of` takes, or, with
             `rows_per_experience`, a single row.
         folder: where rows are kept.
-        rows_per_experience: makes an experience of so many rows; the rest at the end is a shorter one. Rows that were drawn
-            but not yet handed out are kept over a crash.
-        restarts: True if `items` begins anew in each process (a file reader, a seeded simulator): what the folder holds is
-            then drawn again, compared by hash, and skipped. False if it goes on where the world is (a queue, a sensor).
+        rows_per_experience: makes an experience of so many rows; the last may be shorter. Rows that were drawn but not
+            yet handed out are kept over a crash.
+        restarts: True if `items` begins anew in each process (a file reader, a seeded simulator): what the folder
+            holds is then drawn again, compared by hash, and skipped. False if it goes on
+            where the world is (a queue, a sensor).
         name, classes, details: as for `Stream`.
 
     Raises:
@@ -370,7 +371,9 @@ class SpooledStream(Stream):
     def experience(self, index: int) -> Experience:
         while index >= len(self._experiences):
             if self._ended or not self._draw():
-                raise IndexError(f"stream {self.name!r} ended after {len(self._experiences)} experiences, there is no {index}")
+                raise IndexError(
+                    f"stream {self.name!r} ended after {len(self._experiences)} experiences, there is no {index}"
+                )
         return super().experience(index)
 
     def seek(self, index: int) -> None:
@@ -388,9 +391,7 @@ class SpooledStream(Stream):
                 self._ended = True
                 return False
             if isinstance(item, Mapping) and "train" not in item:
-                raise BadInput(
-                    f"stream {self.name!r}: the items are single rows; say how many make an experience: rows_per_experience=..."
-                )
+                raise BadInput(f"stream {self.name!r}: the items are single rows; set rows_per_experience")
             made = as_experience(item, len(self._experiences))
             self._check_labels(made)
             made = self.spool.add(made)
@@ -409,7 +410,9 @@ class SpooledStream(Stream):
         where = f"stream {self.name!r}, experience {len(self._experiences)}, row {self.spool.pending}"
         checked = as_row(row, where)
         if self.classes is not None and "label" in checked and checked["label"] not in self.classes:
-            raise BadInput(f"{where}: label {checked['label']!r} is outside the declared classes; correct it or declare it")
+            raise BadInput(
+                f"{where}: label {checked['label']!r} is outside the declared classes; correct it or declare it"
+            )
 
     def _skip(self) -> None:
         for old in self._experiences:
@@ -421,6 +424,6 @@ class SpooledStream(Stream):
                 found = hash_rows(as_rows(rows, old.name), (), ())
             if found != old.hash:
                 raise BadInput(
-                    f"stream {self.name!r}, experience {old.index}: the source gives other rows than {self.spool.path} holds; "
+                    f"stream {self.name!r}, experience {old.index}: the source gives other rows than the spool; "
                     "use another folder, or restarts=False for a source that does not begin anew"
                 )

@@ -1,9 +1,9 @@
 """The stream that needs no data file: learn the Python standard library. Imports no torch.
 
-Texts are docstrings and short function sources of the running interpreter's own library, read with `ast`; nothing of it is
-imported. The label is the package or large module a text comes from. One definition gives one text (its docstring, else its
-source), so that no source carries a docstring of the other split; the class's own name and telling names of its submodules
-are masked; texts that occur twice, in one class or in several, are removed before anything is drawn.
+Texts are docstrings and short function sources of the running interpreter's own library, read with `ast`; nothing of it
+is imported. The label is the package or large module a text comes from. One definition gives one text (its docstring,
+else its source), so that no source carries a docstring of the other split; the class's own name and telling names of
+its submodules are masked; texts that occur twice, in one class or in several, are removed before anything is drawn.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ..errors import BadInput
@@ -28,14 +29,54 @@ from .scenarios import Splits
 MASK = "NAME"
 
 # Large in every CPython from 3.11 to 3.14 and part of every build. The first with enough rows are taken.
-PREFERRED = (
-    "asyncio email xml unittest logging multiprocessing importlib decimal urllib http typing mailbox datetime collections "
-    "ipaddress inspect tarfile pathlib argparse zipfile optparse configparser threading doctest ssl wsgiref pickle pydoc "
-    "turtle xmlrpc concurrent pdb enum"
-).split()
+PREFERRED = [
+    "asyncio",
+    "email",
+    "xml",
+    "unittest",
+    "logging",
+    "multiprocessing",
+    "importlib",
+    "decimal",
+    "urllib",
+    "http",
+    "typing",
+    "mailbox",
+    "datetime",
+    "collections",
+    "ipaddress",
+    "inspect",
+    "tarfile",
+    "pathlib",
+    "argparse",
+    "zipfile",
+    "optparse",
+    "configparser",
+    "threading",
+    "doctest",
+    "ssl",
+    "wsgiref",
+    "pickle",
+    "pydoc",
+    "turtle",
+    "xmlrpc",
+    "concurrent",
+    "pdb",
+    "enum",
+]
 # Where the Python source of a module written in C, or moved in a later version, lies.
 _ALIASES = {"decimal": ("_pydecimal",), "datetime": ("_pydatetime",)}
-_NOT_LIBRARY = {"test", "tests", "idle_test", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "site-packages", "dist-packages"}
+_NOT_LIBRARY = {
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+    "pydoc_data",
+    "site-packages",
+    "dist-packages",
+}
 _SHORTEST, _SHORTEST_SOURCE = 40, 60
 
 
@@ -67,14 +108,10 @@ def read_stdlib(options: StdlibOptions | None = None, seed: int = 0, root: str |
     """
     options = options or StdlibOptions()
     folder = Path(root) if root is not None else Path(sysconfig.get_paths()["stdlib"])
-    places = _places(folder)
-    texts = {name: _texts(places[name], options.max_chars) for name in PREFERRED if name in places}
-    usable = _usable(texts, places, options.rows)
+    usable = _usable(folder, options, preferred=True)
     if len(usable) < options.classes:
-        for name in sorted(set(places) - set(texts)):
-            texts[name] = _texts(places[name], options.max_chars)
-        usable = _usable(texts, places, options.rows)
-    chosen = [name for name in texts if name in usable][: options.classes]
+        usable = _usable(folder, options, preferred=False)
+    chosen = list(usable)[: options.classes]
     if len(chosen) < options.classes:
         raise BadInput(
             f"source 'stdlib': only {len(chosen)} packages of {folder} have {options.rows} different texts, "
@@ -163,7 +200,7 @@ def normalise(text: str) -> str:
 
 
 def _pattern(words: list[str]) -> re.Pattern[str]:
-    """Finds names anywhere, also inside CamelCase; names of three letters or fewer only where no letter touches them."""
+    """Finds names anywhere, also inside CamelCase; names of up to three letters only where no letter touches."""
     parts = []
     for word in sorted(words, key=lambda w: (-len(w), w)):
         quoted = re.escape(word)
@@ -175,27 +212,37 @@ def _words(texts: list[str]) -> Counter[str]:
     return Counter(word for text in texts for word in set(re.findall(r"[a-z]+", text.lower())))
 
 
-def _usable(texts: dict[str, list[str]], places: dict[str, list[Path]], rows: int) -> dict[str, list[str]]:
-    """Class -> its different, masked texts; classes with fewer than `rows` are left out."""
+def _usable(folder: Path, options: StdlibOptions, preferred: bool) -> dict[str, tuple[str, ...]]:
+    """Class -> its different, masked texts; classes with too few are left out. Preferred names come first."""
+    found = _masked(folder, options.max_chars, preferred)
+    return {name: texts for name, texts in found.items() if len(texts) >= options.rows}
+
+
+@lru_cache(maxsize=4)
+def _masked(folder: Path, max_chars: int, preferred: bool) -> dict[str, tuple[str, ...]]:
+    # Cached, because parsing takes seconds and several streams of one process differ in seed and sizes only.
+    places = _places(folder)
+    names = [name for name in PREFERRED if name in places]
+    names += [] if preferred else sorted(set(places) - set(names))
+    texts = {name: _texts(places[name], max_chars) for name in names}
     words = {name: _words(found) for name, found in texts.items()}
-    total = sum(words.values(), Counter())
-    owners: dict[str, set[str]] = {}
+    total: Counter[str] = Counter()
+    for counts in words.values():
+        total.update(counts)
     masked: dict[str, dict[str, str]] = {}
     for name, found in texts.items():
         stems = {part.strip("_").lower() for path in places[name] for part in (path.stem, path.parent.name)}
         # A submodule's name tells the class if hardly any other class uses the word.
-        telling = [s for s in stems if len(s) > 3 and s.isalpha() and s in words[name] and total[s] - words[name][s] <= 2]
+        telling = [
+            s for s in stems if len(s) > 3 and s.isalpha() and s in words[name] and total[s] - words[name][s] <= 2
+        ]
         pattern = _pattern([name, *(s for s in telling if s not in name)])
-        kept: dict[str, str] = {}
+        masked[name] = {}
         for text in found:
-            text = pattern.sub(MASK, text)
-            kept.setdefault(normalise(text), text)
-        masked[name] = kept
-        for key in kept:
-            owners.setdefault(key, set()).add(name)
-    usable = {}
-    for name, kept in masked.items():
-        single = [text for key, text in kept.items() if len(owners[key]) == 1 and len(text) >= _SHORTEST]
-        if len(single) >= rows:
-            usable[name] = single
-    return usable
+            text = _shorten(pattern.sub(MASK, text), max_chars)
+            masked[name].setdefault(normalise(text), text)
+    owners = Counter(key for kept in masked.values() for key in kept)
+    return {
+        name: tuple(text for key, text in kept.items() if owners[key] == 1 and len(text) >= _SHORTEST)
+        for name, kept in masked.items()
+    }

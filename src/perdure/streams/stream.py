@@ -17,8 +17,8 @@ from .rows import as_rows
 class Stream:
     """Experiences in the order in which they are learnt.
 
-    Iterating hands out the experience at the cursor and moves the cursor on, so that a loop that was interrupted goes on
-    where it stopped: a second loop over a finished stream gets nothing until `seek(0)`.
+    Iterating hands out the experience at the cursor and moves the cursor on, so that an interrupted loop goes on where
+    it stopped: a second loop over a finished stream gets nothing until `seek(0)`.
 
     Args:
         experiences: in order; their `index` and `last` are set here.
@@ -192,8 +192,8 @@ class Stream:
 def _undeclared(experience: Experience, where: str, label: str, classes: Sequence[str]) -> str:
     shown = ", ".join(classes[:8]) + (" ..." if len(classes) > 8 else "")
     return (
-        f"experience {experience.index} ({experience.name!r}), {where}: label {label!r} is outside the declared classes "
-        f"({shown}); correct the label or declare it"
+        f"experience {experience.index} ({experience.name!r}), {where}: label {label!r} is outside the declared "
+        f"classes ({shown}); correct the label or declare it"
     )
 
 
@@ -205,7 +205,9 @@ def as_experience(item: Any, index: int) -> Experience:
     if isinstance(item, Mapping):
         known = {"train", "test", "valid", "name", "classes", "task"}
         if "train" not in item or set(item) - known:
-            raise BadInput(f"{name}: expected a mapping with train, test, valid, name, classes, task; found {sorted(item)}")
+            raise BadInput(
+                f"{name}: expected a mapping with train, test, valid, name, classes, task; found {sorted(item)}"
+            )
         options = {"name": name, **item}
         return Experience(index=index, **{**options, "classes": tuple(options.get("classes", ()))})
     if isinstance(item, tuple) and 2 <= len(item) <= 3 and not isinstance(item[0], Mapping):

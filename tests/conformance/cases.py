@@ -1,0 +1,116 @@
+"""Tiny hosts, streams and method settings that every check of the battery runs on.
+
+A method joins the battery by standing in `perdure.methods`; it needs a line here only where its defaults are too large for
+a tiny host, or where it cannot run alone.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from perdure.learner import Learner
+from perdure.processors import ByteTokenizer, ImageProcessor
+from perdure.streams import Experience
+
+HOSTS = ("bert", "vit", "gpt2", "llama")
+OBJECTIVE = {"bert": "classification", "vit": "classification", "gpt2": "causal_lm", "llama": "causal_lm"}
+
+# method name -> what the battery runs instead of its defaults
+SETTINGS: dict[str, Any] = {
+    "lora": {"lora": {"rank": 2, "dropout": 0.1}},
+    "moram": {"moram": {"rank": 2, "top_k": 2, "dropout": 0.1}},
+    "er": {"er": {"budget": 12, "per_step": 4}},
+    "joint": [{"lora": {"rank": 2}}, "joint"],
+}
+# further settings of a method that are conformance cases of their own
+VARIANTS: dict[str, Any] = {
+    "moram-protected": {"moram": {"rank": 2, "top_k": 2, "protect": {"inputs": 0.5}}},
+    "lora-protected": {"lora": {"rank": 2, "protect": {"inputs": 0.5}}},
+    "moram+er": [{"moram": {"rank": 2, "top_k": 2}}, {"er": {"budget": 12, "per_step": 4}}],
+}
+
+
+def build_host(name: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> tuple[torch.nn.Module, Any]:
+    """A fresh tiny model with weights that depend on its name alone, and its processor."""
+    import transformers as t
+
+    torch.manual_seed(11)
+    text = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    if name == "bert":
+        model: Any = t.BertModel(
+            t.BertConfig(
+                **text, max_position_embeddings=64, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
+            ),
+            add_pooling_layer=False,
+        )
+    elif name == "vit":
+        config = t.ViTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+        )  # fmt: skip
+        model = t.ViTModel(config, add_pooling_layer=False)
+    elif name == "gpt2":
+        model = t.GPT2LMHeadModel(
+            t.GPT2Config(
+                vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=64, resid_pdrop=dropout, embd_pdrop=dropout,
+                attn_pdrop=dropout, bos_token_id=257, eos_token_id=258,
+            )
+        )  # fmt: skip
+    else:
+        model = t.LlamaForCausalLM(
+            t.LlamaConfig(**text, num_key_value_heads=1, max_position_embeddings=64, attention_dropout=dropout)
+        )
+    processor = ImageProcessor(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3) if name == "vit" else ByteTokenizer()
+    return model.to(dtype).eval(), processor
+
+
+def _row(host: str, label: int, draw: random.Random) -> dict[str, Any]:
+    if host == "vit":
+        noise = np.random.default_rng(draw.randrange(2**31)).integers(0, 60, (8, 8, 3))
+        noise[..., label % 3] += 120 + 20 * (label // 3)
+        return {"image": noise.clip(0, 255).astype(np.uint8), "label": f"class{label}"}
+    text = "abcdefghijklmnopqrstuvwxyz"[label] * draw.randint(3, 8) + draw.choice("xyz")
+    return {"text": text, "label": f"class{label}"} if host == "bert" else {"text": text + " " + text}
+
+
+def experiences(host: str, count: int = 3, rows: int = 12) -> list[Experience]:
+    draw = random.Random(5)
+    made = []
+    for index in range(count):
+        every = [_row(host, index * 2 + number % 2, draw) for number in range(rows + 6)]
+        made.append(
+            Experience(index, f"e{index}", train=every[:rows], test=every[rows:], last=index == count - 1)
+        )
+    return made
+
+
+def build_learner(
+    host: str, method: Any, *, dtype: torch.dtype = torch.float32, dropout: float = 0.0, head: Any = None, **training: Any
+) -> Learner:
+    model, processor = build_host(host, dtype, dropout)
+    limit = {"bert": {"max_length": 32}, "vit": {}}.get(host, {"block_size": 32})
+    objective: Any = {OBJECTIVE[host]: limit}
+    settings = {
+        "learning_rate": 1e-2, "head_learning_rate": 1e-2, "per_device_train_batch_size": 4, "epochs": 2,
+        "logging_steps": 2,
+    }  # fmt: skip
+    return Learner(
+        model, processor, method=method, head=head, objective=objective, training={**settings, **training},
+        protocol={"rehearsal": 12, "mask": "seen"}, seed=3,
+    )  # fmt: skip
+
+
+def outputs(learner: Learner, made: list[Experience]) -> torch.Tensor:
+    """Logits of the test rows of all experiences, in evaluation mode, flattened."""
+    parts = []
+    with torch.no_grad():
+        for experience in made:
+            for batch in learner.batches(experience.test, unlabelled=True):
+                logits = learner.forward(batch).logits
+                assert logits is not None
+                parts.append(logits.double().flatten())
+    return torch.cat(parts)

@@ -1,0 +1,135 @@
+"""The ledger's rows, its file and the page made from it."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from perdure.errors import BadInput
+from perdure.evaluation import ledger
+from perdure.evaluation.compare import build_comparison
+from tests.unit.report_samples import arms
+
+FIGURE = {"mean": 0.8432, "low": 0.82, "high": 0.8664}
+ROW = {
+    "recipe": "clinc150",
+    "method": "moram",
+    "head": "ridge",
+    "model": "minilm",
+    "stream": "clinc150 10x15",
+    "seeds": [0, 1, 2],
+    "metrics": {"average_accuracy": FIGURE, "forgetting": {"mean": 0.03, "low": None, "high": None}},
+    "cost": {"seconds": {"mean": 181.0, "low": 170.0, "high": 192.0}},
+    "hardware": "2 CPU cores",
+    "commit": "0123abc",
+    "published": None,
+    "status": "no published figure",
+    "note": "30 training rows a class",
+}
+
+
+def row(**changes):
+    return {**copy.deepcopy(ROW), **changes}
+
+
+def test_append_and_read(tmp_path):
+    path = tmp_path / "results" / "ledger.jsonl"
+    assert ledger.read(path) == []
+    ledger.append(path, row())
+    ledger.append(path, row(method="er", note="ünï | pipe"))
+    assert ledger.read(path) == [row(), row(method="er", note="ünï | pipe")]
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_a_line_cut_short_does_not_swallow_the_next(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger.append(path, row())
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"recipe": "cl')
+    ledger.append(path, row(method="er"))
+    with pytest.raises(BadInput, match=r"ledger\.jsonl: line 2: is not valid JSON"):
+        ledger.read(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[2])["method"] == "er"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [0, 0]}, "seeds"),
+        ({"seeds": [True, 2]}, "seeds"),
+        ({"recipe": ""}, "recipe"),
+        ({"head": 3}, "head"),
+        ({"note": None}, "note"),
+        ({"metrics": {}}, "metrics"),
+        ({"metrics": {"forgetting": 0.1}}, r"metrics\.forgetting"),
+        ({"metrics": {"forgetting": {"mean": float("nan"), "low": None, "high": None}}}, r"metrics\.forgetting\.mean"),
+        ({"status": "fine"}, "status: found 'fine'"),
+        ({"status": "reproduced"}, "published is null"),
+        ({"published": {"figure": 80.9, "source": "page"}}, "published names one"),
+        ({"published": {"figure": 80.9}, "status": "differs"}, "published: expected"),
+        ({"seeds": [0]}, "one seed is an 'illustration'"),
+        ({"extra": 1}, "'extra' is unknown"),
+    ],
+)
+def test_bad_rows_are_refused_and_not_written(tmp_path, changes, words):
+    path = tmp_path / "ledger.jsonl"
+    with pytest.raises(BadInput, match=words):
+        ledger.append(path, row(**changes))
+    assert not path.exists()
+
+
+def test_missing_field_is_named():
+    short = row()
+    del short["commit"]
+    with pytest.raises(BadInput, match="'commit' is missing"):
+        ledger.validate_row(short)
+
+
+def test_good_statuses():
+    ledger.validate_row(row(seeds=[0], status="illustration"))
+    for status in ("reproduced", "differs"):
+        ledger.validate_row(row(published={"figure": 80.9, "source": "paper, table 2"}, status=status))
+
+
+def test_rows_from_a_comparison():
+    comparison = build_comparison(arms((0, 1, 2)), recipe="demo", notes={"joint": "upper bound"})
+    rows = ledger.rows_from_comparison(comparison, hardware="2 CPU cores", commit="0123abc", note="reduced rows")
+    assert [r["method"] for r in rows] == [r["arm"] for r in comparison["rows"]]
+    assert {r["status"] for r in rows} == {"no published figure"}
+    assert rows[-1]["note"] == "reduced rows; upper bound"
+    published = {"joint": {"figure": 92.0, "source": "a paper"}}
+    with pytest.raises(BadInput, match="say whether it 'reproduced'"):
+        ledger.rows_from_comparison(comparison, hardware="x", commit="y", published=published)
+    told = ledger.rows_from_comparison(
+        comparison, hardware="x", commit="y", published=published, status={"joint": "differs"}
+    )
+    assert told[-1]["status"] == "differs" and told[-1]["published"]["figure"] == 92.0
+
+
+def test_page(tmp_path, capsys):
+    path, page = tmp_path / "ledger.jsonl", tmp_path / "docs" / "results.md"
+    ledger.append(path, row(note="old"))
+    ledger.append(path, row(method="a|b<c", published={"figure": 0.9, "source": "a|b"}, status="reproduced"))
+    ledger.append(path, row(note="new"))
+    assert ledger.main([str(page), str(path)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "84.3 ± 2.3" in text and "| 3.0 |" in text and "| 181 ± 11 |" in text
+    assert "- moram: new" in text and "old" not in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(tables) == 4
+    assert {line.replace("\\|", "").count("|") for line in tables} == {12}
+    assert "a\\|b&lt;c" in text
+    assert ledger.main([str(page)]) == 64
+    assert ledger.main([str(page), str(tmp_path / "none.jsonl")]) == 64
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_page_of_perplexities_and_of_nothing():
+    perplexity = {"average_accuracy": {"mean": 31.254, "low": None, "high": None}}
+    text = ledger.markdown([row(metrics=perplexity, seeds=[0], status="illustration")])
+    assert "| 31.25 |" in text
+    assert "No result has been recorded" in ledger.markdown([])
