@@ -26,10 +26,10 @@ RATES = (3e-5, 1e-4, 5e-4, 3e-3)
 HEAD_RATES = (3e-3, 1e-2)
 
 
-def trial(recipe: Recipe, rate: float, head_rate: float) -> dict[str, Any]:
+def trial(recipe: Recipe, rate: float, head_rate: float | None, position: int = 0) -> dict[str, Any]:
     """Trains on the first experience and measures its validation rows."""
     stream = build_stream(recipe.stream, recipe.seed)
-    experience = stream.experience(0)
+    experience = stream.experience(position)
     ((objective, _),) = OBJECTIVES.parse(recipe.objective, "objective")
     model, processor, _ = load_model(recipe.model, objective, seed=recipe.seed)
     training = recipe.training.model_copy(update={"learning_rate": rate, "head_learning_rate": head_rate})
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--arms", default=None, help="comma-separated; all arms when absent")
     parser.add_argument("--rates", default=None)
+    parser.add_argument("--experience", type=int, default=0, help="1 where the model has learnt the first one already")
     parser.add_argument("overrides", nargs="*", default=[])
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, options.overrides)
@@ -62,7 +63,8 @@ def main() -> None:
     table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for name in arms:
         arm = recipe.with_arm(name)
-        trials = [trial(arm, rate, head) for rate, head in itertools.product(rates, HEAD_RATES)]
+        head_rates = (None,) if "causal_lm" in arm.objective else HEAD_RATES
+        trials = [trial(arm, rate, head, options.experience) for rate, head in itertools.product(rates, head_rates)]
         best = min(trials, key=lambda found: found["loss"])
         table[name] = {"best": best, "trials": trials}
         print(f"{name}: {best}", flush=True)

@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "Learner": ("learner", "Learner"),
-    "attach": ("attach", "attach"),
-    "detach": ("attach", "detach"),
+    "attach": ("attachment", "attach"),
+    "detach": ("attachment", "detach"),
     "Stream": ("streams", "Stream"),
     "Experience": ("streams", "Experience"),
     "Recipe": ("recipe", "Recipe"),
@@ -23,7 +23,7 @@ _NAMES = {
 }
 
 if TYPE_CHECKING:
-    from .attach import attach, detach
+    from .attachment import attach, detach
     from .heads import register as register_head
     from .learner import Learner
     from .methods import register as register_method

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from .attachment import build_methods
 from .config import ProtocolConfig, TrainingConfig
 from .errors import BadInput, ProtocolRefused
 from .loading import derived_seed
 from .methods import Method
-from .registry import HEADS, METHODS, explain
+from .registry import HEADS, explain
 
 if TYPE_CHECKING:
     from .heads import Head
     from .objectives import Objective
 
 
-def build_methods(spec: Any) -> list[Method]:
+def complete_methods(spec: Any) -> list[Method]:
     """Method objects of a `method` setting, ready to attach. A list in which no method adapts trains the whole model.
 
     Raises:
         BadInput: unknown name or setting, or two owners of the criterion or of the prediction.
     """
-    if isinstance(spec, Method):
-        spec = [spec]
-    methods = []
-    for item in spec if isinstance(spec, (list, tuple)) else [spec]:
-        if isinstance(item, Method):
-            methods.append(item)
-        else:
-            methods += [METHODS.get(name)(config) for name, config in METHODS.parse(item, "method")]
+    methods = build_methods(spec)
     if not any(method.adapts or method.frozen_features for method in methods):
-        methods.insert(0, METHODS.get("finetune")(METHODS.get("finetune").Config()))
+        methods = [*build_methods("finetune"), *methods]
     for what in ("criterion", "predict"):
         owners = [method.name for method in methods if getattr(method, what) is not None]
         if len(owners) > 1:
@@ -58,7 +53,8 @@ def check_protocol(methods: list[Method], protocol: ProtocolConfig, training: Tr
     for method in methods:
         if "task_id" in method.needs and protocol.task_id == "none":
             raise ProtocolRefused(f"method {method.name!r} needs the task id; set protocol.task_id: train or test")
-        if "boundaries" in method.needs and protocol.boundaries == "none":
+        boundaries = {"boundaries", "old_model", "all_data"} & method.needs
+        if boundaries and protocol.boundaries == "none":
             raise ProtocolRefused(f"method {method.name!r} needs boundaries; set protocol.boundaries: train")
         wanted = method.requires_rehearsal()
         if wanted > protocol.rehearsal:
@@ -71,6 +67,24 @@ def check_protocol(methods: list[Method], protocol: ProtocolConfig, training: Tr
             f"training.epochs is {training.epochs}, the protocol grants {protocol.passes} pass(es); "
             "lower training.epochs or raise protocol.passes"
         )
+
+
+def check_combination(
+    methods: list[Method], objective: Objective, protocol: ProtocolConfig, classes: Sequence[str] | None
+) -> None:
+    """Refuses settings that are each fine and do not fit together.
+
+    Raises:
+        BadInput: nothing would train, or the classes are not declared where the mask needs them.
+    """
+    if not objective.needs_head and not any(method.adapts for method in methods):
+        names = ", ".join(method.name for method in methods)
+        raise BadInput(
+            f"method: {names} trains a head only, and objective {objective.name!r} has none of ours, so nothing would be "
+            "learnt; use a method that adapts the model (finetune, lora, moram)"
+        )
+    if objective.needs_head and protocol.mask == "all" and not classes:
+        raise BadInput("protocol.mask: all needs the classes in advance; give `classes` or use the mask seen")
 
 
 def build_head(spec: Any, objective: Objective, width: int, seed: int) -> Head | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from .bookkeeping import Counters, Past, Position, Unlearnt, quiet
 from .data import Batch, Output, Row, Rows
 from .errors import BadInput
 from .heads import Head
+from .loading import derived_seed
 from .loop import Loop
 from .streams.experience import Experience
 
@@ -48,7 +49,7 @@ class Learner(Loop):
         with quiet(self.model), torch.no_grad():
             for batch in self._scored_batches(experience, split, rows):
                 with self.autocast():
-                    output = self.forward(batch)
+                    output = self.forward(_without_answers(batch))
                 summed, count = self.objective.score(batch, output, allowed)
                 total += torch.stack([torch.as_tensor(summed).double().cpu(), torch.as_tensor(count).double().cpu()])
         return self.objective.finish(float(total[0]), float(total[1]))
@@ -64,20 +65,26 @@ class Learner(Loop):
     def _scored_batches(self, experience: Experience, split: str, rows: Rows) -> Any:
         labels = Unlearnt(self.labels)
         if not self.caches_features:
-            yield from self.batches(rows, labels, by_length=True)
+            for batch in self.batches(rows, labels, by_length=True):
+                yield self._with_task(batch, experience)
             return
         features = self._cached_features(experience, split, rows)
         ids = torch.tensor([labels[str(row["label"])] for row in rows])
-        yield Batch({}, ids, rows, features=features).to(self.device)
+        yield self._with_task(Batch({}, ids, rows, features=features).to(self.device), experience)
+
+    def _with_task(self, batch: Batch, experience: Experience) -> Batch:
+        if self.protocol.task_id != "test" or experience.task is None:
+            return batch
+        return replace(batch, task=torch.full((len(batch),), experience.task, device=self.device))
 
     def _allowed_at_test(self, experience: Experience) -> Tensor | None:
         if self.head is None:
             return None
         allowed = torch.zeros(self.head.classes, dtype=torch.bool, device=self.device)
-        if self.protocol.task_id == "test":
-            known = [self.labels[name] for name in experience.classes if name in self.labels]
+        known = [self.labels[name] for name in experience.classes if name in self.labels]
+        if self.protocol.task_id == "test" and known:
             allowed[known] = True
-            return allowed if known else None
+            return allowed
         allowed[: len(self.labels)] = True  # the mask "all" grows the head further: unseen classes never compete
         return allowed
 
@@ -90,23 +97,31 @@ class Learner(Loop):
         owner = next((method for method in self.methods if method.predict is not None), None)
         return plain(batch) if owner is None else owner.predict(batch, plain)  # type: ignore[misc]
 
-    def predict(self, rows: Rows) -> list[str]:
-        """Class names of rows (no labels needed), over all classes seen.
+    def predict(self, rows: Rows, classes: Sequence[str] | None = None) -> list[str]:
+        """Class names of rows (no labels needed).
+
+        Args:
+            rows: what to classify.
+            classes: the classes to choose among, where the task is known; all classes seen when absent.
 
         Raises:
-            BadInput: nothing was learnt yet, or the objective has no classes.
+            BadInput: nothing was learnt yet, a class is unknown, or the objective has no classes.
         """
         if self.head is None:
             raise BadInput(f"predict: objective {self.objective.name!r} has no classes; use the model's `generate`")
         if not self.labels:
             raise BadInput("predict: nothing was learnt yet; call `learn` first")
         names, found = self.seen, []
+        unknown = [name for name in classes or () if name not in self.labels]
+        if unknown or (classes is not None and not len(classes)):
+            raise BadInput(f"classes: {unknown or 'an empty list'} cannot be predicted; give some of {', '.join(names)}")
+        among = torch.tensor([self.labels[name] for name in (names if classes is None else classes)], device=self.device)
         with quiet(self.model), torch.no_grad():
             for batch in self.batches(rows, unlabelled=True):
                 with self.autocast():
-                    logits = self.forward(batch).logits
+                    logits = self.forward(_without_answers(batch)).logits
                 assert logits is not None
-                found += [names[number] for number in logits[:, : len(names)].argmax(-1).tolist()]
+                found += [names[number] for number in among[logits[:, among].argmax(-1)].tolist()]
         return found
 
     def features(self, rows: Rows) -> Tensor:
@@ -136,16 +151,24 @@ class Learner(Loop):
         """
         if not 0 <= write < len(self.writes):
             raise BadInput(f"forget: write {write} does not exist; there are {len(self.writes)}")
-        able = [method for method in self.methods if method.removal in ("exact", "structural")]
-        if not able:
-            names = ", ".join(method.name for method in self.methods)
-            raise BadInput(f"forget: {names} can only be rolled back; use `perdure undo` or an older state")
-        return [method.on_request("forget", {"write": write}) for method in able]
+        unable = [method.name for method in self.methods if method.removal == "rollback"]
+        if unable:
+            raise BadInput(f"forget: {', '.join(unable)} can only be rolled back; use `perdure undo` or an older state")
+        if self.writes[write].get("forgotten"):
+            raise BadInput(f"forget: write {write} ({self.writes[write]['name']}) was forgotten before")
+        gone = [method.on_request("forget", {"write": write}) for method in self.methods]
+        self.writes[write] = {**self.writes[write], "forgotten": True}
+        self.services.router_log.reset()  # items were renumbered
+        if self.optimization is not None:
+            self._optimize_anew(keep=self.optimization)
+        return gone
 
     def detach(self) -> nn.Module:
         """Takes everything out of the model again and returns it: the original, bit for bit."""
         for method in reversed(self.methods):
             method.detach(self.host)
+        for parameter, trained in self._trained_before:
+            parameter.requires_grad_(trained)
         return self.model
 
     # ---- state
@@ -153,6 +176,7 @@ class Learner(Loop):
         """Everything a fresh process needs to go on bit for bit; the frozen base is not in it."""
         from .state import generator_state, rng_state
 
+        self.check_finite()
         tensors, values = self.learnt_state()
         if self.optimization is not None:
             found, values["optimizer"] = self.optimization.state_dict()
@@ -312,7 +336,15 @@ class Learner(Loop):
                 f"({values['base']['hash'][:12]}, {values['base']['name'] or 'unnamed'}); load that model"
             )
         learner.position.experience = len(learner.history)
+        # What is learnt from here on must not draw again what the first experiences drew.
+        learner.generator.manual_seed(derived_seed(learner.seed, "methods", len(learner.writes)))
         return learner
+
+
+def _without_answers(batch: Batch) -> Batch:
+    """What a method may see of rows that are scored or predicted."""
+    rows = [{key: value for key, value in row.items() if key not in ("label", "answer")} for row in batch.rows]
+    return replace(batch, labels=None, rows=rows)
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

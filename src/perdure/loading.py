@@ -10,10 +10,15 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from .data import Batch, Row, Rows
+from .errors import BadInput
+
+FIELDS = ("text", "image", "label", "prompt", "answer", "messages")
+"""What a row may carry into a batch. Other fields of a file (a domain, a date, a task) never reach a method."""
 
 
 def derived_seed(*parts: object) -> int:
@@ -93,9 +98,63 @@ def make_batch(
     return objective.collate(encoded, rows, labels, list(index))
 
 
+def canonical(row: Row) -> Row:
+    """The row with no other than the canonical fields."""
+    return row if all(key in FIELDS for key in row) else {key: row[key] for key in FIELDS if key in row}
+
+
 def take(rows: Rows, numbers: Sequence[int]) -> list[Row]:
-    """Rows by number; -1 stands for the filler, the first row."""
-    return [rows[max(number, 0)] for number in numbers]
+    """Rows by number with canonical fields; -1 stands for the filler, the first row."""
+    return [canonical(rows[max(number, 0)]) for number in numbers]
+
+
+class Granted(Sequence):
+    """Rows as a method may see them, cut to the canonical fields when they are read.
+
+    Args:
+        rows: checked rows.
+        labels: the labels in them.
+    """
+
+    checked = True
+
+    def __init__(self, rows: Rows, labels: Sequence[str] = ()):
+        self._all, self.labels = rows, tuple(labels)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [canonical(row) for row in self._all[at]]
+        return canonical(self._all[at])
+
+
+def joined(batch: Batch, more: Batch, pad: int) -> Batch:
+    """`batch` with the rows of `more` behind it. Sequences are padded on the right; `pad` is the id of padded tokens.
+
+    Raises:
+        BadInput: the two hold different kinds of input.
+    """
+    if set(batch.inputs) != set(more.inputs):
+        raise BadInput(f"rehearsed rows have inputs {sorted(more.inputs)}, the batch {sorted(batch.inputs)}; use one kind")
+    inputs = {
+        name: _stacked(tensor, more.inputs[name], pad if name == "input_ids" else 0) for name, tensor in batch.inputs.items()
+    }
+    labels = None
+    if batch.labels is not None and more.labels is not None:
+        labels = _stacked(batch.labels, more.labels, -100)
+    index = None
+    if batch.index is not None and more.index is not None:
+        index = torch.cat([batch.index, more.index])
+    return replace(batch, inputs=inputs, labels=labels, rows=[*batch.rows, *more.rows], index=index)
+
+
+def _stacked(first: torch.Tensor, second: torch.Tensor, fill: int) -> torch.Tensor:
+    if first.ndim == 2 and first.shape[1] != second.shape[1]:
+        width = max(first.shape[1], second.shape[1])
+        first, second = (torch.nn.functional.pad(t, (0, width - t.shape[1]), value=fill) for t in (first, second))
+    return torch.cat([first, second])
 
 
 def without_fillers(batch: Batch, numbers: Sequence[int]) -> Batch:

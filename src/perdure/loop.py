@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .assembly import build_auxiliary_head, build_head, build_methods, check_protocol, settings_of
-from .bookkeeping import Counters, Past, Position, Unlearnt, quiet
+from .assembly import (
+    build_auxiliary_head,
+    build_head,
+    check_combination,
+    check_protocol,
+    complete_methods,
+    settings_of,
+)
+from .bookkeeping import Counters, Past, Position
 from .config import ProtocolConfig, TrainingConfig
-from .data import Batch, Output, Row, Rows
-from .errors import BadInput, NonFiniteLoss
+from .data import Batch, Output, Rows
+from .errors import BadInput
 from .hosts import Host
-from .loading import Plan, Prefetch, derived_seed, make_batch, take, without_fillers
-from .memory.observe import observing
-from .methods import Method
-from .optim import Optimization
+from .loading import Granted, Plan, derived_seed
 from .registry import OBJECTIVES
 from .replay import ReplayBuffer
 from .services import Services
+from .stepping import Stepping
 from .streams.experience import Experience
 
 
@@ -46,7 +50,7 @@ class System(nn.Module):
         return learner.objective.forward(self.host, head, batch, learner.pooling)
 
 
-class Loop:
+class Loop(Stepping):
     """Keeps a pretrained transformer learning, one experience after another.
 
     Args:
@@ -82,8 +86,9 @@ class Loop:
         ((name, config),) = OBJECTIVES.parse(objective, "objective")
         self.objective = OBJECTIVES.get(name)(config)
         self.objective.check_model(model, processor)
-        self.methods = build_methods(method)
+        self.methods = complete_methods(method)
         check_protocol(self.methods, self.protocol, self.training)
+        check_combination(self.methods, self.objective, self.protocol, classes)
         self.model, self.processor, self.seed = model, processor, seed
         self.host = Host.of(model)
         automatic = getattr(self.objective.config, "pooling", None) == "auto"
@@ -95,10 +100,9 @@ class Loop:
         self.position, self.counters = Position(), Counters()
         self.losses_seen: dict[str, float] = {}
         self._seed_everything()
-        from accelerate import Accelerator
-
-        self.accelerator = Accelerator()
+        self.accelerator = _accelerator()
         model.to(self.accelerator.device)
+        self._trained_before = [(p, p.requires_grad) for p in model.parameters()]
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.generator = torch.Generator().manual_seed(derived_seed(seed, "methods"))
@@ -113,9 +117,9 @@ class Loop:
         self.head = build_head(head, self.objective, width, seed)
         self.auxiliary_head = build_auxiliary_head(self.head, self.methods, width, seed)
         self.system = System(self).to(self.accelerator.device)
-        self.optimization: Optimization | None = None
-        self._features: dict[tuple[int, str], Tensor] = {}
-        self.current: Experience | None = None
+        self.optimization = None
+        self._features = {}
+        self.current = None
 
     # ---- construction
     def _seed_everything(self) -> None:
@@ -129,12 +133,6 @@ class Loop:
         if self.training.num_threads:
             torch.set_num_threads(self.training.num_threads)
 
-    @property
-    def caches_features(self) -> bool:
-        return all(method.frozen_features for method in self.methods) and not any(
-            "rehearsal" in method.needs for method in self.methods
-        )
-
     def trainable_parameters(self) -> int:
         return sum(parameter.numel() for _, parameter in self.named_trainable())
 
@@ -144,58 +142,36 @@ class Loop:
         return self.position.step // self._steps_per_epoch
 
     @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    @property
     def seen(self) -> list[str]:
         """Names of the classes learnt so far, by class id."""
         return list(self.labels)
 
-    # ---- classes and masks
-    def _see(self, names: Iterable[str]) -> None:
+    # ---- classes
+    def _refuse_undeclared(self, names: Iterable[str]) -> None:
         for name in names:
             if self.declared is not None and name not in self.declared:
                 raise BadInput(
                     f"label: {name!r} is outside the declared set of {len(self.declared)} classes "
                     f"({', '.join(self.declared[:5])} ...); declare it or correct the row"
                 )
+
+    def _see(self, names: Iterable[str]) -> bool:
+        """Gives new classes an id and a row in each head; True if a head grew."""
+        for name in names:
             self.labels.setdefault(name, len(self.labels))
         wanted = len(self.labels)
-        if self.protocol.mask == "all":
-            if self.declared is None:
-                raise BadInput("protocol.mask: all needs the classes in advance; give `classes` or use the mask seen")
+        if self.protocol.mask == "all" and self.declared is not None:
             wanted = len(self.declared)
+        grew = False
         for head in (self.head, self.auxiliary_head):
             if head is not None and head.classes < wanted:
                 head.grow(wanted)
                 head.module.to(self.device)
-
-    def _allowed(self, batch: Batch, logits: Tensor) -> Tensor | None:
-        """Classes that compete in the training loss: [C], or [B, C] where rehearsed rows see more than current ones."""
-        if self.head is None or self.protocol.mask == "all":
-            return None
-        width = logits.shape[-1]
-        seen = torch.zeros(width, dtype=torch.bool, device=logits.device)
-        seen[: len(self.labels)] = True
-        if self.protocol.mask == "seen" or any("all_data" in method.needs for method in self.methods):
-            return seen
-        current = torch.zeros_like(seen)
-        if self.protocol.boundaries == "train":
-            assert self.current is not None
-            names = self.current.classes or self.history[-1].classes
-            current[[self.labels[name] for name in names]] = True
-            if batch.rehearsed is None:
-                return current
-        else:
-            assert batch.labels is not None
-            current[batch.labels[batch.labels >= 0]] = True
-        if batch.rehearsed is None:
-            return current
-        return torch.where(batch.rehearsed[:, None], seen, current)
+                grew = True
+        return grew
 
     # ---- learning
-    def learn(self, experience: Experience, *, on_step: Callable[[Loop, dict[str, float]], None] | None = None) -> Loop:
+    def learn(self, experience: Experience, *, on_step: Callable[[Any, dict[str, float]], None] | None = None) -> Loop:
         """Learns one experience; continues in its middle when a state from there was loaded.
 
         Args:
@@ -203,225 +179,104 @@ class Loop:
             on_step: called after every optimizer step with the losses of this step (on logged steps, else empty).
 
         Raises:
-            BadInput: the experience is empty or a row does not fit.
+            BadInput: the experience is empty, a row does not fit, or another one was left in its middle.
             NonFiniteLoss: the loss is NaN or infinite; the optimizer has not stepped on it.
         """
-        started = time.perf_counter()
+        self._clock = time.perf_counter()
         if not len(experience.train):
             raise BadInput(f"experience {experience.name!r}: has no training rows; give at least one")
-        resumed = self.position.phase == "train"
-        self.current = experience
-        if not resumed:
-            self._begin(experience)
+        grew = False
+        if self.position.phase == "train":
+            self._refuse_another(experience)
+            self.current = experience
+        else:
+            grew = self._begin(experience)
         rows = self._training_rows(experience)
         if len(rows):
-            plan = self._plan(experience, rows)
+            plan = self._plan(rows)
             self._steps_per_epoch, self.steps_planned = plan.steps_per_epoch, plan.steps
-            if self.optimization is None and self.named_trainable():
-                self._optimize_anew()
-            self._train(experience, rows, plan, on_step, started)
+            if (self.optimization is None or grew) and self.named_trainable():
+                self._optimize_anew(keep=self.optimization)
+            self._train(rows, plan, on_step)
             self._end(experience, rows)
         self.position = Position(self.position.experience + 1, 0, "boundary")
         if self.protocol.boundaries == "train":
             self.optimization = None
         self._forget_features(experience)
-        self.counters.seconds += time.perf_counter() - started
+        self.tick()
         return self
 
-    def _begin(self, experience: Experience) -> None:
+    def _refuse_another(self, experience: Experience) -> None:
+        past = self.history[-1]
+        if past.hash and experience.hash != past.hash:
+            raise BadInput(
+                f"experience {experience.name!r}: the learner stands at step {self.position.step} of {past.name!r}, whose "
+                "rows are others; give that experience again, or load an older state"
+            )
+
+    def _begin(self, experience: Experience) -> bool:
         labels = self._label_names(experience)
         self.objective.check(experience.train, self.processor)
-        self._see(labels)
+        self._refuse_undeclared(labels)
         first = not self.history
+        told = self.protocol.boundaries == "train" or first
+        if told and not first and any("old_model" in method.needs for method in self.methods):
+            self.services.remember_model()  # before the heads grow
+        before = dict(self.labels)
+        self.current = experience
+        grew = self._see(labels)
         self.history.append(Past(experience.index, experience.name, labels, experience.hash))
         self.writes.append({"id": len(self.writes), "kind": "experience", "name": experience.name, "hash": experience.hash})
-        if self.protocol.boundaries == "train" or first:
-            if not first and any("old_model" in method.needs for method in self.methods):
-                self.services.remember_model()
-            for method in self.methods:
-                method.before_experience(self._as_granted(experience))
+        if told:
+            try:
+                for method in self.methods:
+                    method.before_experience(self._as_granted(experience))
+            except BadInput:  # refused: as if it had not been offered
+                self.labels = before
+                self.history.pop()
+                self.writes.pop()
+                raise
             self.system.to(self.device)
         self.position = Position(self.position.experience, 0, "train")
+        return grew
 
     def _label_names(self, experience: Experience) -> list[str]:
         if self.head is None:
             return []
-        if experience.classes:
-            return list(experience.classes)
-        names: dict[str, None] = {}
+        names = dict.fromkeys(experience.classes)
         for number, row in enumerate(experience.train):
-            if "label" not in row:
+            if row.get("label") is None:
                 raise BadInput(f"experience {experience.name!r}, row {number}: has no field 'label'; map it with stream.fields")
-            names[str(row["label"])] = None
+            if str(row["label"]) not in names:
+                raise BadInput(
+                    f"experience {experience.name!r}, row {number}: label {row['label']!r} is not among its classes "
+                    f"({', '.join(list(names)[:10])}); declare it or correct the row"
+                )
         return list(names)
 
     def _as_granted(self, experience: Experience) -> Experience:
-        """The experience without what the protocol does not grant: test rows never, the task id where it is withheld."""
+        """The experience as methods see it: no test rows, canonical fields only, the task id where it is granted."""
         task = experience.task if self.protocol.task_id != "none" else None
-        return replace(experience, test=(), valid=(), task=task)
+        rows = Granted(experience.train, experience.classes)
+        return replace(experience, train=rows, test=(), valid=(), task=task)
 
     def _training_rows(self, experience: Experience) -> Rows:
         rows: Rows = experience.train
+        if self.protocol.boundaries == "none":  # to be asked here would tell that something new begins
+            return rows
         for method in self.methods:
             chosen = method.sampler(self._as_granted(experience))
             if chosen is not None:
                 rows = chosen
         return rows
 
-    def _plan(self, experience: Experience, rows: Rows) -> Plan:
+    def _plan(self, rows: Rows) -> Plan:
         t = self.training
         return Plan(
             len(rows), t.per_device_train_batch_size, t.gradient_accumulation_steps, self.accelerator.num_processes,
             self.accelerator.process_index, t.epochs, t.max_steps,
             derived_seed(self.seed, "experience", self.position.experience),
         )  # fmt: skip
-
-    def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """Everything that trains by gradient, with names that stay the same when banks grow."""
-        return [pair for group in self._groups() for pair in group["params"]]
-
-    def _groups(self) -> list[dict[str, Any]]:
-        groups = []
-        for number, method in enumerate(self.methods):
-            for group in method.parameter_groups():
-                named = [(f"method/{number}/{name}", parameter) for name, parameter in group["params"]]
-                groups.append({"lr": self.training.learning_rate, **group, "params": named})
-        head = self.auxiliary_head or self.head
-        if head is not None and not head.closed_form:
-            rate = self.training.head_learning_rate or self.training.learning_rate
-            groups.append({"params": [(f"head/{n}", p) for n, p in head.parameters()], "lr": rate, "weight_decay": 0.0})
-        return [group for group in groups if group["params"]]
-
-    def _optimize_anew(self, keep: Optimization | None = None) -> None:
-        groups = self._groups()
-        for group in groups:
-            for _, parameter in group["params"]:
-                parameter.requires_grad_(True)
-        self.optimization = Optimization(self.training, groups, keep)
-        self.wrapped = self.accelerator.prepare(self.system) if self.accelerator.num_processes > 1 else self.system
-
-    def parameters_changed(self) -> None:
-        """A method grew or replaced parameters between steps: rebuilds the optimizer, keeping what still fits."""
-        self.system.to(self.device)
-        if self.optimization is not None:
-            self._optimize_anew(keep=self.optimization)
-
-    def _train(self, experience: Experience, rows: Rows, plan: Plan, on_step: Any, started: float) -> None:
-        if self.optimization is None:  # nothing trains by gradient
-            return
-        features = self._cached_features(experience, "train", rows) if self.caches_features else None
-        begin = self.position.step
-
-        def prepare() -> Iterator[list[Batch]]:
-            for step, groups in plan.from_step(begin):
-                yield [self._prepare(rows, numbers, step, features) for numbers in groups]
-
-        self.model.train(not self.caches_features)
-        with Prefetch(prepare) as batches:
-            for micro_batches in batches:
-                logged = self.counters.steps % self.training.logging_steps == 0
-                losses = self._step(micro_batches, plan, logged)
-                self.position.step += 1
-                self.counters.steps += 1
-                self.counters.samples += sum(len(batch) for batch in micro_batches)
-                if on_step is not None:
-                    now = time.perf_counter()
-                    self.counters.seconds, started = self.counters.seconds + now - started, now
-                    on_step(self, losses)
-        self.model.eval()
-
-    def _prepare(self, rows: Rows, numbers: list[int], step: int, features: Tensor | None) -> Batch:
-        picked: list[Row] = take(rows, numbers)
-        for method in self.methods:
-            if type(method).transform is not Method.transform:
-                picked = [method.transform(row) for row in picked]
-        if features is not None:
-            ids = torch.tensor([self.labels[str(row["label"])] for row in picked])
-            batch = Batch({}, ids, picked, torch.tensor(numbers), features=features[[max(n, 0) for n in numbers]])
-        else:
-            seeds = [derived_seed(self.seed, "augment", self.position.experience, step, n) for n in numbers]
-            batch = make_batch(
-                self.objective, self.processor, picked, self.labels if self.head else None, numbers, training=True, seeds=seeds
-            )
-        if self.protocol.task_id != "none" and self.current is not None and self.current.task is not None:
-            batch = replace(batch, task=torch.full((len(numbers),), self.current.task))
-        return without_fillers(batch, numbers)
-
-    def _step(self, micro_batches: list[Batch], plan: Plan, logged: bool) -> dict[str, float]:
-        """One optimizer step. The loss is the mean over all rows (or tokens) of all micro-batches and processes."""
-        assert self.optimization is not None
-        for number in range(len(micro_batches)):
-            for method in self.methods:
-                micro_batches[number] = method.before_step(micro_batches[number])
-        total = self._global_count(micro_batches)
-        log: dict[str, Tensor] = {}
-        world = self.accelerator.num_processes
-        for number, batch in enumerate(micro_batches):
-            batch = batch.to(self.device)
-            last = number == len(micro_batches) - 1
-            synchronise = nullcontext() if last or world == 1 else self.accelerator.no_sync(self.wrapped)
-            with synchronise:
-                with self.observing(batch) if logged else nullcontext(), self.autocast():
-                    output = self.wrapped(batch, True)
-                    loss = self._loss(batch, output, total, world, len(micro_batches), log)
-                self._refuse_non_finite(loss, log)
-                self.accelerator.backward(loss)
-        optimization = self.optimization
-        for method in self.methods:
-            method.after_backward()
-        optimization.clip()
-        before = optimization.values() if any(method.needs_before_update for method in self.methods) else {}
-        optimization.step(self.position.step, plan.steps)
-        with torch.no_grad():
-            for method in self.methods:
-                method.after_update(before)
-        optimization.zero_grad()
-        for method in self.methods:
-            method.after_step()
-        return {name: float(value) for name, value in log.items()} if logged else {}
-
-    def _loss(
-        self, batch: Batch, output: Output, total: Tensor, world: int, parts: int, log: dict[str, Tensor]
-    ) -> Tensor:
-        owner = next((method for method in self.methods if method.criterion is not None), None)
-        if owner is not None:
-            assert owner.criterion is not None
-            summed, count = owner.criterion(batch, output)
-        else:
-            allowed = self._allowed(batch, output.logits) if output.logits is not None else None
-            summed, count = self.objective.loss(batch, output, allowed)
-        loss = summed * (world / total.clamp(min=1).to(summed.dtype))
-        parts_of_loss = {"loss": loss.detach() / world}
-        for method in self.methods:
-            for name, extra in method.losses(batch, output).items():
-                loss = loss + extra / parts
-                parts_of_loss[f"{method.name}.{name}"] = extra.detach() / parts
-        for name, value in parts_of_loss.items():
-            log[name] = log[name] + value if name in log else value
-        return loss
-
-    def _global_count(self, micro_batches: list[Batch]) -> Tensor:
-        count = torch.zeros((), dtype=torch.float64)
-        for batch in micro_batches:
-            if batch.labels is not None:
-                labels = batch.labels[:, 1:] if batch.labels.ndim == 2 else batch.labels
-                count += (labels != -100).sum()
-            else:
-                count += len(batch)
-        if self.accelerator.num_processes > 1:
-            count = self.accelerator.reduce(count.to(self.device, torch.float32), "sum").cpu()
-        return count.to(torch.float32).to(self.device)
-
-    def _refuse_non_finite(self, loss: Tensor, log: dict[str, Tensor]) -> None:
-        # On an accelerator each look at the value stalls the device, so it is taken on logged steps and before saves.
-        if self.device.type != "cpu" and self.counters.steps % self.training.logging_steps:
-            return
-        if not bool(torch.isfinite(loss.detach())):
-            shown = {name: float(value) for name, value in log.items()}
-            raise NonFiniteLoss(
-                f"loss: is not finite at step {self.counters.steps} of the run ({shown}); the last good state is kept. "
-                "Lower training.learning_rate, set training.max_grad_norm, or look at the rows of this batch"
-            )
 
     def _end(self, experience: Experience, rows: Rows) -> None:
         self.model.eval()
@@ -440,58 +295,21 @@ class Loop:
             ids = torch.tensor([self.labels[str(row["label"])] for row in rows])
             self.head.update(features.to(self.device), ids.to(self.device))
         else:
-            self.counters.extra_passes += 1
-            self.counters.extra_rows += len(rows)
+            if self.optimization is not None:
+                self.counters.extra_passes += 1
+                self.counters.extra_rows += len(rows)
             for batch in self.batches(rows):
                 with torch.no_grad(), self.autocast():
                     output = self.objective.forward(self.model, None, batch, self.pooling)
-                assert output.features is not None
+                assert output.features is not None and batch.labels is not None
                 self.head.update(output.features.float(), batch.labels)
         self.head.end_fit()
 
-    # ---- passes without gradients
-    def batches(
-        self, rows: Rows, labels: dict[str, int] | None = None, *, by_length: bool = False, unlabelled: bool = False
-    ) -> Iterator[Batch]:
-        """Evaluation batches on the device, without augmentation, in row order.
 
-        Args:
-            rows: what to go through.
-            labels: class name -> id; the learner's own when absent.
-            by_length: order rows by length instead, which pads less.
-            unlabelled: leave labels out.
-        """
-        size = self.training.per_device_eval_batch_size
-        known = (labels if labels is not None else self.labels) if self.head is not None and not unlabelled else None
-        numbers = list(range(len(rows)))
-        if by_length and len(rows) and "text" in rows[0]:
-            numbers.sort(key=lambda number: len(rows[number]["text"]))
-        for start in range(0, len(rows), size):
-            chosen = numbers[start : start + size]
-            batch = make_batch(self.objective, self.processor, take(rows, chosen), known, chosen, training=False, seeds=None)
-            yield batch.to(self.device)
+def _accelerator() -> Any:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    def _cached_features(self, experience: Experience, split: str, rows: Rows) -> Tensor:
-        key = (experience.index, split)
-        if key not in self._features:
-            with quiet(self.model), torch.no_grad(), self.autocast():
-                parts = [
-                    self.objective.forward(self.model, None, batch, self.pooling).features.float().cpu()
-                    for batch in self.batches(rows, Unlearnt(self.labels))
-                ]
-            self._features[key] = torch.cat(parts)
-        return self._features[key]
-
-    def _forget_features(self, experience: Experience) -> None:
-        self._features.pop((experience.index, "train"), None)
-
-    @contextmanager
-    def observing(self, batch: Batch) -> Iterator[None]:
-        self.services.router_log.mask = batch.inputs.get("attention_mask")
-        with observing(self.services.router_log.add):
-            yield
-
-    def autocast(self) -> Any:
-        if not self.training.bf16:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+    # Buffers are the same in every process by construction; a host may have parameters that no output needs (a pooler).
+    return Accelerator(
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)]
+    )

@@ -30,7 +30,8 @@ class Optimization:
     Args:
         training: rates, optimizer and clipping.
         groups: dicts with `params` as (name, Parameter) pairs and `lr`; `weight_decay` where it differs.
-        keep: an earlier one whose moments are taken over for parameters of the same name and shape.
+        keep: an earlier one whose moments are taken over for parameters that live on, and for the old rows of heads
+            that grew. New atoms of a bank have the name of those before them and start fresh.
     """
 
     def __init__(self, training: TrainingConfig, groups: list[dict[str, Any]], keep: Optimization | None = None):
@@ -44,12 +45,25 @@ class Optimization:
         else:
             self.optimizer = torch.optim.SGD(plain, lr=training.learning_rate, weight_decay=training.weight_decay)
         if keep is not None:
-            tensors, values = keep.state_dict()
-            self.load_state_dict(tensors, values)
+            self._take_over(keep)
 
-    def clip(self) -> None:
-        if self.training.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_([p for _, p in self.named], self.training.max_grad_norm)
+    def _take_over(self, keep: Optimization) -> None:
+        old = dict(keep.named)
+        for name, parameter in self.named:
+            before = old.get(name)
+            state = None if before is None else keep.optimizer.state.get(before)
+            if before is None or not state:
+                continue
+            if before is parameter:
+                self.optimizer.state[parameter] = state
+            elif name.startswith("head/") and before.shape[1:] == parameter.shape[1:] and len(before) < len(parameter):
+                self.optimizer.state[parameter] = {key: _longer(v, before, parameter) for key, v in state.items()}
+
+    def clip(self) -> Tensor | None:
+        """Clips the gradients; returns their norm before, or None where no limit is set."""
+        if self.training.max_grad_norm is None:
+            return None
+        return nn.utils.clip_grad_norm_([p for _, p in self.named], self.training.max_grad_norm)
 
     def values(self) -> dict[str, Tensor]:
         """Copies of all trained parameters, for methods that compare before and after the step."""
@@ -69,3 +83,10 @@ class Optimization:
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         load_optimizer_state(self.optimizer, self.named, tensors, values)
+
+
+def _longer(value: Any, before: Tensor, after: Tensor) -> Any:
+    """Moments of a parameter that got more rows: those of the new rows are zero."""
+    if not isinstance(value, Tensor) or value.shape != before.shape:
+        return value
+    return torch.cat([value, value.new_zeros(len(after) - len(before), *after.shape[1:])])

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import BadInput, ForgotTooMuch, Interrupted
+from .errors import BadInput, DamagedState, ForgotTooMuch, Interrupted, NonFiniteLoss, ProtocolRefused
 from .evaluation.plasticity import feature_drift
 from .learner import Learner
 from .memory.observe import RouterLog, observing
@@ -22,16 +24,34 @@ from .models import load_model, model_name
 from .progress import Progress
 from .recipe import Recipe, resolved_yaml
 from .registry import OBJECTIVES
+from .run_folder import (
+    LOCK_FILE,
+    LOSSES_FILE,
+    PAGE_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    STATE_FOLDER,
+    leave_no_trace,
+    read_report,
+    refuse_foreign_folder,
+    told,
+    undo,
+)
+from .run_report import mean_over_sites, report_of
 from .state import (
     RunLock,
     StateStore,
+    append_line,
     atomic_write_text,
     environment,
     environment_differences,
+    files,
     model_hash,
     truncate,
 )
 from .streams import Experience, Stream, build_stream
+
+__all__ = ["PROBE_ROWS", "Run", "read_report", "run_recipe", "undo"]
 
 PROBE_ROWS = 64
 """Rows of each experience on which drift and routing are measured."""
@@ -42,91 +62,61 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
 
     Args:
         recipe: what to run; its folder may hold an unfinished run of the same recipe.
-        progress: show bars.
+        progress: show bars on a terminal, and lines elsewhere.
 
     Returns:
         The content of report.json.
 
     Raises:
-        BadInput: the folder belongs to another recipe.
+        BadInput: the folder belongs to another recipe, or something cannot be honoured; what the folder held stays.
         CannotWrite: another run holds the folder, or the disk is full.
         Interrupted: Ctrl-C; a checkpoint was written first.
         NonFiniteLoss, ProtocolRefused, ForgotTooMuch: as they say.
     """
     folder = recipe.folder
-    _refuse_other_recipe(folder, recipe)
+    refuse_foreign_folder(folder, recipe)
     finished = read_report(folder)
-    if finished is not None and finished["status"] == "complete":
+    if finished is not None and finished.get("status") == "complete":
+        check_limit(finished, recipe)
         return finished
-    folder.mkdir(parents=True, exist_ok=True)
-    with RunLock(folder), interruptible() as interrupt:
-        return Run(recipe, folder, Progress(enabled=progress), interrupt).go()
+    bars = Progress(enabled=progress)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with ExitStack() as stack:
+        used = (folder / LOCK_FILE).exists()
+        if used:  # another run may be at work here: refused before a model is loaded
+            stack.enter_context(RunLock(folder))
+        run = Run(recipe, bars)  # before the folder is made: bad input leaves no trace
+        if not used:
+            with files.writing(folder):
+                files.make_folder(folder, exist_ok=True)
+            stack.enter_context(RunLock(folder))
+            refuse_foreign_folder(folder, recipe)  # another one may have begun meanwhile
+        begun = (folder / RECIPE_FILE).exists()
+        try:
+            with interruptible(bars) as interrupt:
+                return run.go(interrupt)
+        except (BadInput, ProtocolRefused):
+            if not begun and not run.learner.counters.steps and not run.matrix:
+                leave_no_trace(folder, missing)
+            raise
 
 
-def read_report(folder: str | Path) -> dict[str, Any] | None:
-    """report.json of a run folder, or None where there is none.
-
-    Raises:
-        BadInput: the file is not a report.
-    """
-    path = Path(folder) / "report.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path}: is not valid JSON ({error}); delete it and run `perdure run` again") from None
-
-
-def undo(folder: str | Path, to: int | None = None) -> int:
-    """Takes a run back to before an experience; the states and report rows after it are dropped.
-
-    Args:
-        folder: the run.
-        to: index of the experience to return to before; the last one learnt when absent.
-
-    Returns:
-        Index of the experience that a new `perdure run` learns next.
+def check_limit(report: dict[str, Any], recipe: Recipe) -> None:
+    """Compares the report's forgetting with the limit of the recipe.
 
     Raises:
-        BadInput: the folder is no run, or no state from that boundary was kept.
+        ForgotTooMuch: it is beyond the limit.
     """
-    folder = Path(folder)
-    if not (folder / "state").is_dir():
-        raise BadInput(f"{folder}: is not a run folder (it has no state); give the folder of a `perdure run`")
-    with RunLock(folder):
-        store = StateStore(folder / "state")
-        kept = store.boundaries()
-        if to is None:
-            newest = store.load()
-            done = newest.values["position"]["experience"]
-            to = done if newest.values["position"]["phase"] == "train" else done - 1
-        if to not in kept:
-            listed = ", ".join(map(str, kept)) or "none"
-            raise BadInput(f"--to {to}: no state from before experience {to} was kept; kept: {listed}")
-        store.rollback(boundary=to)
-        for name in ("report.json", "report.html"):
-            (folder / name).unlink(missing_ok=True)
-    return to
-
-
-def _refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
-    path = folder / "recipe.yaml"
-    if not path.is_file():
-        return
-    then, now = path.read_text(encoding="utf-8"), resolved_yaml(recipe)
-    if then == now:
-        return
-    old, new = then.splitlines(), now.splitlines()
-    first = next((f"{a!r} there, {b!r} now" for a, b in zip(old, new, strict=False) if a != b), "another length")
-    raise BadInput(
-        f"output_dir: {folder} holds a run of another recipe ({first}); give another output_dir, "
-        "or the old settings to go on with it"
-    )
+    limit, found = recipe.protocol.max_forgetting, report["metrics"].get("forgetting")
+    if limit is not None and found is not None and found > limit:
+        raise ForgotTooMuch(
+            f"forgetting is {found:.4f}, protocol.max_forgetting allows {limit}; the run is kept in {recipe.folder}, "
+            f"`perdure undo {recipe.folder}` takes its last experience back"
+        )
 
 
 @contextmanager
-def interruptible() -> Iterator[threading.Event]:
+def interruptible(bars: Progress) -> Iterator[threading.Event]:
     """First Ctrl-C sets the event, so that the run can save and stop between steps; the second one raises."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -137,6 +127,7 @@ def interruptible() -> Iterator[threading.Event]:
         if event.is_set():
             raise KeyboardInterrupt
         event.set()
+        bars.warn("stopping as soon as a checkpoint is written; Ctrl-C again stops at once")
 
     before = signal.signal(signal.SIGINT, handler)
     try:
@@ -145,36 +136,62 @@ def interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def fresh_head(learner: Learner, names: list[str]) -> Iterator[None]:
+    """The learner with an untrained head for `names`, as a baseline of what learning adds; the old head comes back."""
+    head, labels = learner.head, learner.labels
+    untrained = copy.deepcopy(head)
+    if untrained is not None:
+        untrained.grow(len(names))
+        untrained.module.to(learner.device)
+    learner.head, learner.labels = untrained, {name: number for number, name in enumerate(names)}
+    try:
+        yield
+    finally:
+        learner.head, learner.labels = head, labels
+
+
+@dataclass
+class Probe:
+    """What is measured after an experience beside its scores."""
+
+    features: Tensor | None = None
+    drift: float | None = None
+    router: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
 class Run:
-    """One run in one folder.
+    """One run in one folder. Making it reads stream and model and writes nothing.
 
     Args:
         recipe: what to run.
-        folder: exists and is locked by the caller.
-        progress: bars, or nothing.
-        interrupt: set when the user wants to stop.
+        progress: what the user sees.
+
+    Raises:
+        BadInput: stream, model or settings that cannot be honoured, any row of any experience included.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, progress: Progress, interrupt: threading.Event):
-        self.recipe, self.folder, self.progress, self.interrupt = recipe, folder, progress, interrupt
+    def __init__(self, recipe: Recipe, progress: Progress):
+        self.recipe, self.folder, self.progress = recipe, recipe.folder, progress
+        self.interrupt = threading.Event()
         self.stream: Stream = build_stream(recipe.stream, recipe.seed)
         if self.stream.length is None:
             raise BadInput("stream: is unbounded; `perdure run` needs an end, use Learner.partial_fit for live data")
+        self.length: int = self.stream.length
         ((objective, _),) = OBJECTIVES.parse(recipe.objective, "objective")
         if recipe.training.num_threads:
             torch.set_num_threads(recipe.training.num_threads)
         progress.message(f"loading {model_name(recipe.model)}")
         model, processor, self.model_facts = load_model(recipe.model, objective, seed=recipe.seed)
         self.base_hash = model_hash(dict(model.state_dict()))
-        classes = list(self.stream.classes) if self.stream.classes else None
         self.learner = Learner(
             model, processor, method=recipe.method, head=recipe.head, objective=recipe.objective,
-            training=recipe.training, protocol=recipe.protocol, seed=recipe.seed, classes=classes,
+            training=recipe.training, protocol=recipe.protocol, seed=recipe.seed,
+            classes=list(self.stream.classes) if self.stream.classes else None,
         )  # fmt: skip
-        self.store = StateStore(
-            folder / "state", limit=recipe.training.save_total_limit, keep_boundaries=recipe.training.keep_boundaries
-        )
-        self.losses_path = folder / "losses.jsonl"
+        self._check_rows()
+        self.store: StateStore
+        self.losses_path = self.folder / LOSSES_FILE
         self.matrix: list[list[float | None]] = []
         self.baseline: list[float | None] | None = None
         self.trainable = 0
@@ -183,102 +200,192 @@ class Run:
         self.router_history: list[dict[str, float]] = []
         self.evaluation_seconds = 0.0
         self.probes: dict[int, Tensor] = {}
-        self.environment = environment()
+        self.environment = environment(self.learner.device)
         self.notes: list[str] = []
 
+    def _check_rows(self) -> None:
+        """A wrong row of the last experience is found now, not after hours. Images are read when their turn comes."""
+        for index in range(self.length):
+            experience = self.stream.experience(index)
+            for split in ("train", "test"):
+                rows = getattr(experience, split)
+                if len(rows) and "image" not in rows[0]:
+                    try:
+                        self.learner.objective.check(rows, self.learner.processor)
+                    except BadInput as error:
+                        raise BadInput(f"experience {index} ({experience.name!r}), {split} {error}") from None
+
     # ---- the whole run
-    def go(self) -> dict[str, Any]:
-        atomic_write_text(self.folder / "recipe.yaml", resolved_yaml(self.recipe))
-        self._resume()
-        learner, length = self.learner, self.stream.length or 0
+    def go(self, interrupt: threading.Event) -> dict[str, Any]:
+        """Runs to the end; the caller holds the folder's lock.
+
+        Args:
+            interrupt: set when the user wants to stop.
+        """
+        self.interrupt = interrupt
+        atomic_write_text(self.folder / RECIPE_FILE, resolved_yaml(self.recipe))
+        training = self.recipe.training
+        self.store = StateStore(
+            self.folder / STATE_FOLDER, limit=training.save_total_limit, keep_boundaries=training.keep_boundaries
+        )
+        with told(self.progress.warn):
+            self._resume()
+        learner = self.learner
         with self.progress:
-            if not self.matrix and self.baseline is None and self.recipe.protocol.evaluate != "seen":
-                self.baseline = self._row(-1)
             if not len(self.store):
+                started = time.perf_counter()
+                self.baseline = self._baseline()
+                self.evaluation_seconds += time.perf_counter() - started
                 self._save(boundary=0)
-            start = learner.position.experience - (learner.position.phase == "evaluate")
-            self.stream.seek(start)
+            self.stream.seek(learner.position.experience - (learner.position.phase == "evaluate"))
             for experience in self.stream:
                 if learner.position.phase != "evaluate":
-                    self._learn(experience)
+                    self.progress.start(f"experience {experience.index + 1}/{self.length} {experience.name}")
+                    learner.learn(experience, on_step=self._on_step)
                 self._after(experience)
                 self.progress.experience_done(experience, self.matrix[-1], learner.objective.metric)
-                self._report("complete" if experience.index + 1 == length else "running")
-        report = self._report("complete")
-        self._check_limit(report)
+            report = self._finish()
+        check_limit(report, self.recipe)
         return report
 
-    def _learn(self, experience: Experience) -> None:
-        length = self.stream.length or 0
-        self.progress.start(f"experience {experience.index + 1}/{length} {experience.name}")
-        self.learner.learn(experience, on_step=self._on_step)
-
     def _on_step(self, learner: Any, losses: dict[str, float]) -> None:
-        self.trainable = max(self.trainable, learner.trainable_parameters())
-        self.progress.step(learner.position.step, learner.steps_planned, losses.get("loss"))
+        position = learner.position
+        if losses or position.step == 1:
+            self.trainable = max(self.trainable, learner.trainable_parameters())
+        self.progress.step(position.step, learner.steps_planned, f"loss {losses['loss']:.3f}" if losses else None)
         if losses:
-            line = {"step": learner.counters.steps, "experience": learner.position.experience, **losses}
-            with self.losses_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            line = {"step": learner.counters.steps, "experience": position.experience, **losses}
+            append_line(self.losses_path, json.dumps(line))
         every = self.recipe.training.save_steps
-        if self.interrupt.is_set() or (every and learner.position.step % every == 0):
+        if self.interrupt.is_set() or (every and position.step % every == 0):
             self._save()
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
         if self.interrupt.is_set():
-            raise Interrupted(f"stopped at step {learner.counters.steps}; the same command goes on from there")
+            raise Interrupted(
+                f"stopped after step {self.learner.counters.steps}, which is saved in {self.folder}; "
+                "the same command goes on from there"
+            )
 
     def _after(self, experience: Experience) -> None:
-        """Scores, probes and saves once an experience was learnt."""
+        """Scores, probes and saves once an experience was learnt. Interrupted, it is done again from its start."""
         learner = self.learner
         learner.position.phase = "evaluate"
         started = time.perf_counter()
-        if self.interrupt.is_set():
+        try:
+            self._stop_if_asked()
+            probe = self._probe(experience)
+            row = self._row(experience.index)
+        except Interrupted:
             self._save()
-            raise Interrupted(f"stopped after experience {experience.index}; the same command goes on from there")
-        self._probe(experience)
-        self.matrix.append(self._row(experience.index))
+            raise
+        self._keep(experience, probe)
+        self.matrix.append(row)
         learner.position.phase = "boundary"
         self.evaluation_seconds += time.perf_counter() - started
-        self._save(boundary=experience.index + 1)
+        report = report_of(self, "running")
+        self._save(boundary=experience.index + 1, report={**report, "curves": {}})
+        if experience.index + 1 < self.length:
+            from .report.build import write_json
 
-    def _row(self, learnt: int) -> list[float | None]:
+            write_json(self.folder / REPORT_FILE, report)
+
+    def _finish(self) -> dict[str, Any]:
+        from .report.build import write_json
+        from .report.html import render_run
+
+        report = report_of(self, "complete")
+        render_run(report, self.folder / PAGE_FILE)
+        write_json(self.folder / REPORT_FILE, report)  # last: it is what says that the run is complete
+        return report
+
+    # ---- scores
+    def _row(self, learnt: int, everything: bool = False) -> list[float | None]:
         """One row of R: experiences the protocol lets us score, null elsewhere."""
-        length = self.stream.length or 0
-        reach = {"seen": learnt + 1, "seen_and_next": learnt + 2, "all": length}[self.recipe.protocol.evaluate]
-        row: list[float | None] = [None] * length
-        for index in range(min(reach, length)):
-            self.progress.note(f"scoring experience {index + 1}")
-            row[index] = self.learner.evaluate([self.stream.experience(index)])[index]
+        evaluate = "all" if everything else self.recipe.protocol.evaluate
+        reach = {"seen": learnt + 1, "seen_and_next": learnt + 2, "all": self.length}[evaluate]
+        scored = [self.stream.experience(index) for index in range(min(reach, self.length))]
+        row: list[float | None] = [None] * self.length
+        total = sum(len(experience.test) for experience in scored)
+        when = "before learning" if learnt < 0 else f"after experience {learnt + 1}"
+        self.progress.start(f"scoring {when}", total)
+        done = 0
+        for experience in scored:
+            self._stop_if_asked()
+            score = self.learner.evaluate([experience])[experience.index]
+            if score is not None and not math.isfinite(score):
+                raise NonFiniteLoss(
+                    f"{self.learner.objective.metric} on experience {experience.index} is {score} after experience "
+                    f"{learnt}; the last good state is kept. Lower training.learning_rate"
+                )
+            row[experience.index] = score
+            done += len(experience.test)
+            self.progress.step(done, total)
         return row
 
-    def _probe(self, experience: Experience) -> None:
+    def _baseline(self) -> list[float | None] | None:
+        """Scores before any learning, on which forward transfer rests (Lopez-Paz & Ranzato 2017, b_j).
+
+        Of the model as it came for language modelling; of a fresh head where every later experience has only classes
+        that came before it. None elsewhere: a class that was never seen scores 0 by construction, which is no transfer.
+        """
+        if self.recipe.protocol.evaluate == "seen":
+            return None
+        if self.learner.head is None:
+            return self._row(-1, everything=True)
+        known: dict[str, None] = {}
+        for index in range(self.length):
+            classes = self.stream.experience(index).classes
+            if index and not set(classes) <= set(known):
+                return None
+            known |= dict.fromkeys(classes)
+        with fresh_head(self.learner, list(known)):
+            return self._row(-1, everything=True)
+
+    def _probe(self, experience: Experience) -> Probe:
         """Drift of the features of earlier experiences since each was learnt, and how the router answers them."""
-        learner = self.learner
-        log = RouterLog()
+        learner, log, probe = self.learner, RouterLog(), Probe()
         observed = bool(learner.services.router_log.sites)
+        rows = list(experience.train[:PROBE_ROWS])
         if learner.head is not None:
-            rows = list(experience.train[:PROBE_ROWS])
             if learner.protocol.boundaries == "train" and not learner.caches_features:
                 moved = [
                     feature_drift(before, learner.features(self.stream.experience(index).train[:PROBE_ROWS]))
                     for index, before in sorted(self.probes.items())
                 ]
-                self.drift.append(sum(moved) / len(moved) if moved else None)
+                probe.drift = sum(moved) / len(moved) if moved else None
             with observing(log.add) if observed else nullcontext():
-                self.probes[experience.index] = learner.features(rows)
+                probe.features = learner.features(rows)
         elif observed:
             with observing(log.add), torch.no_grad():
-                for batch in learner.batches(experience.train[:PROBE_ROWS]):
+                for batch in learner.batches(rows):
                     learner.forward(batch)
         if observed:
-            training = learner.services.router_log.summary()
-            self.router = {
-                site: {**log.summary().get(site, {}), "new_share": facts["new_share"]} for site, facts in training.items()
+            training, answers = learner.services.router_log.summary(), log.summary()
+            probe.router = {
+                site: {**answers.get(site, {}), "new_share": facts["new_share"]} for site, facts in training.items()
             }
-            self.router_history.append(_mean_over_sites(self.router))
-            learner.services.router_log.reset()
+        return probe
+
+    def _keep(self, experience: Experience, probe: Probe) -> None:
+        if probe.features is not None:
+            self.probes[experience.index] = probe.features
+            if self.learner.protocol.boundaries == "train" and not self.learner.caches_features:
+                self.drift.append(probe.drift)
+        if probe.router:
+            self.router = probe.router
+            self.router_history.append(mean_over_sites(probe.router))
+            self.learner.services.router_log.reset()
 
     # ---- state
-    def _save(self, boundary: int | None = None) -> None:
+    def _save(self, boundary: int | None = None, report: dict[str, Any] | None = None) -> None:
+        for name, parameter in self.learner.named_trainable():
+            if not bool(torch.isfinite(parameter).all()):
+                raise NonFiniteLoss(
+                    f"{name}: holds NaN or infinity after step {self.learner.counters.steps}; the last good state is "
+                    "kept. Lower training.learning_rate, or set training.max_grad_norm"
+                )
         tensors, values = self.learner.state_dict()
         tensors |= {f"probe/{index}": probe for index, probe in self.probes.items()}
         values["run"] = {
@@ -286,124 +393,36 @@ class Run:
             "router": self.router, "router_history": self.router_history,
             "losses_bytes": self.losses_path.stat().st_size if self.losses_path.exists() else 0,
             "environment": self.environment, "stream_hash": self.stream.hash, "base_hash": self.base_hash,
-            "evaluation_seconds": self.evaluation_seconds, "notes": self.notes,
+            "evaluation_seconds": self.evaluation_seconds, "notes": self.notes, "report": report,
         }  # fmt: skip
         self.store.save(self.learner.counters.steps, tensors, values, boundary=boundary)
 
     def _resume(self) -> None:
         if not len(self.store):
+            damaged = sorted(path.name for path in self.store.folder.glob("damaged-*"))
+            if damaged:
+                raise DamagedState(
+                    f"{self.store.folder}: no checkpoint is whole ({', '.join(damaged)}); start again in another "
+                    "output_dir, or delete this folder"
+                )
             self.losses_path.unlink(missing_ok=True)
             return
         state = self.store.load()
         kept = state.values["run"]
         for what, now in (("stream_hash", self.stream.hash), ("base_hash", self.base_hash)):
             if kept[what] != now:
+                word = {"stream_hash": "stream", "base_hash": "model"}[what]
                 raise BadInput(
-                    f"{what}: {kept[what][:12]} when the run began, {now[:12]} now; the {what.split('_')[0]} changed, "
+                    f"{word}: its hash was {kept[what][:12]} when the run began and is {now[:12]} now; it changed, "
                     "so going on would not be the same run. Restore it or start in another output_dir"
                 )
         for difference in environment_differences(kept["environment"], self.environment):
             self.notes.append(f"environment changed on resume: {difference}")
-            self.progress.message(f"warning: environment changed: {difference}; the rest may differ in the last bits")
+            self.progress.warn(f"environment changed: {difference}; the rest may differ in the last bits")
         self.learner.load_state_dict(state.tensors, state.values)
         self.matrix, self.baseline, self.trainable = kept["matrix"], kept["baseline"], kept["trainable"]
         self.drift, self.router_history, self.router = kept["drift"], kept["router_history"], kept["router"]
         self.evaluation_seconds = kept["evaluation_seconds"]
         self.notes = [*kept["notes"], *(note for note in self.notes if note not in kept["notes"])]
         self.probes = {int(k.split("/")[1]): t for k, t in state.tensors.items() if k.startswith("probe/")}
-        if self.losses_path.exists():
-            truncate(self.losses_path, kept["losses_bytes"])
-
-    # ---- report
-    def _report(self, status: str) -> dict[str, Any]:
-        from .report.build import build_report, write_json
-        from .report.html import render_run
-
-        learner, recipe = self.learner, self.recipe
-        settings = learner.settings()
-        report = build_report(
-            name=recipe.name,
-            method="+".join(method.name for method in learner.methods),
-            head=None if learner.head is None else learner.head.name,
-            model=self.model_facts["name"],
-            stream=self.stream.name,
-            objective=learner.objective.name,
-            metric=learner.objective.metric,
-            higher_is_better=learner.objective.higher_is_better,
-            seed=recipe.seed,
-            protocol=settings["protocol"],
-            training=settings["training"],
-            details=self._details(settings),
-            matrix=self.matrix,
-            baseline=self.baseline,
-            cost=self._cost(),
-            status=status,
-            plasticity=self._plasticity(),
-            curves={"loss": self._losses()},
-            router=self.router,
-            environment=self.environment,
-            notes=self.notes,
-        )
-        write_json(self.folder / "report.json", report)
-        if status == "complete":
-            render_run(report, self.folder / "report.html")
-        return report
-
-    def _details(self, settings: dict[str, Any]) -> dict[str, Any]:
-        learner, stream = self.learner, self.stream.describe()
-        return {
-            "arm": self.recipe.label,
-            "method": [
-                {"name": m.name, "title": m.title, "config": m.config.model_dump(mode="json"), "status": m.status,
-                 "removal": m.removal} for m in learner.methods
-            ],
-            "head": settings["head"],
-            "objective": settings["objective"],
-            "model": {**self.model_facts, "hash": self.base_hash},
-            "stream": stream,
-            "tuning": self.recipe.tuning,
-            "router_history": self.router_history,
-            "writes": learner.writes,
-        }  # fmt: skip
-
-    def _plasticity(self) -> dict[str, float]:
-        found: dict[str, float] = {}
-        measured = [value for value in self.drift if value is not None]
-        if measured:
-            found["feature_drift"] = measured[-1]
-        if self.router_history:
-            found |= {name: self.router_history[-1][name] for name in ("off_rate", "new_share") if name in self.router_history[-1]}
-        for method in self.learner.methods:
-            found |= method.plasticity()
-        return found
-
-    def _cost(self) -> dict[str, float]:
-        learner = self.learner
-        return {
-            "seconds": learner.counters.seconds, "evaluation_seconds": self.evaluation_seconds,
-            "trainable_parameters": self.trainable or learner.trainable_parameters(),
-            "total_parameters": sum(p.numel() for p in learner.system.parameters()),
-            "stored_bytes": learner.stored_bytes(), "steps": learner.counters.steps, "samples": learner.counters.samples,
-            "extra_passes": learner.counters.extra_passes, "extra_rows": learner.counters.extra_rows,
-        }  # fmt: skip
-
-    def _losses(self) -> list[list[float]]:
-        if not self.losses_path.exists():
-            return []
-        lines = [json.loads(line) for line in self.losses_path.read_text(encoding="utf-8").splitlines()]
-        return [[line["step"], line["experience"], line["loss"]] for line in lines]
-
-    def _check_limit(self, report: dict[str, Any]) -> None:
-        limit, found = self.recipe.protocol.max_forgetting, report["metrics"].get("forgetting")
-        if limit is not None and found is not None and found > limit:
-            raise ForgotTooMuch(
-                f"forgetting is {found:.4f}, protocol.max_forgetting allows {limit}; the run is kept in {self.folder}, "
-                f"`perdure undo {self.folder}` takes its last experience back"
-            )
-
-
-def _mean_over_sites(router: dict[str, dict[str, float]]) -> dict[str, float]:
-    names = {name for facts in router.values() for name in facts}
-    return {
-        name: sum(facts.get(name, 0.0) for facts in router.values()) / max(1, len(router)) for name in sorted(names)
-    }
+        truncate(self.losses_path, kept["losses_bytes"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .memory.observe import RouterLog
+from .memory.observe import RouterLog, observing
 from .memory.protect import InputMoments
 
 if TYPE_CHECKING:
@@ -66,13 +66,19 @@ class Services:
         return self._loop.device
 
     @property
+    def needs_head(self) -> bool:
+        """True if features go through a head of ours, False if the host has its own."""
+        return self._loop.objective.needs_head
+
+    @property
     def write_id(self) -> int:
         """Id of the write under way, for ownership of bank items."""
         return len(self._loop.writes) - 1
 
     @property
     def experiences_learnt(self) -> int:
-        return len(self._loop.history) - 1
+        """Experiences before the current one; 0 where the protocol does not tell of boundaries."""
+        return len(self._loop.history) - 1 if self.knows_boundaries else 0
 
     @property
     def knows_boundaries(self) -> bool:
@@ -98,23 +104,34 @@ class Services:
         return [] if head is None else head.parameters()
 
     # ---- data
-    def extend(self, batch: Batch, rows: Sequence[Row]) -> Batch:
-        """The batch with `rows` from the buffer appended and marked as rehearsed."""
-        from .loading import make_batch
+    def remember(self, batch: Batch) -> None:
+        """Offers the batch's rows to the replay buffer; of several processes all rows, so that the buffers agree."""
+        self.replay.add(*self._loop.rows_everywhere(batch))
 
-        if not rows:
-            return batch
+    def extend(self, batch: Batch, rows: Sequence[Row]) -> Batch:
+        """The batch with `rows` from the buffer appended and marked as rehearsed.
+
+        Of several processes each takes its share: all must pass the same rows.
+        """
+        from .loading import derived_seed, joined, make_batch
+        from .processors import pad_id, tokenizer_of
+
         loop = self._loop
-        everything = [*batch.rows, *rows]
-        assert batch.index is not None
-        index = [*batch.index.tolist(), *[-1] * len(rows)]
+        world, rank = loop.accelerator.num_processes, loop.accelerator.process_index
+        share = -(-len(rows) // world)
+        mine = list(rows)[rank * share : (rank + 1) * share]
+        if not mine:
+            return batch
         labels = loop.labels if loop.head is not None else None
-        longer = make_batch(loop.objective, loop.processor, everything, labels, index, training=False, seeds=None)
+        seeds = [derived_seed(loop.seed, "rehearsed", loop.counters.steps, rank, n) for n in range(len(mine))]
+        more = make_batch(
+            loop.objective, loop.processor, mine, labels, [-1] * len(mine), training=True, seeds=seeds
+        )
+        pad = pad_id(tokenizer_of(loop.processor)) if "input_ids" in more.inputs else 0
         old = len(batch)
-        if batch.labels is not None and longer.labels is not None and longer.labels.ndim == 1:
-            longer.labels[:old] = batch.labels  # keeps the marks of fillers
         before = batch.rehearsed if batch.rehearsed is not None else torch.zeros(old, dtype=torch.bool)
-        return replace(longer, rehearsed=torch.cat([before, torch.ones(len(rows), dtype=torch.bool)]), extra=batch.extra)
+        longer = joined(batch, more, pad)
+        return replace(longer, rehearsed=torch.cat([before, torch.ones(len(mine), dtype=torch.bool)]))
 
     # ---- passes
     def capture(self, sites: Sequence[Site], rows: Rows) -> dict[str, InputMoments]:
@@ -164,24 +181,41 @@ class Services:
 
         For Fisher information, sensitivity masks and reference gradients. Evaluation mode; leaves `.grad` as it was.
         """
+        loop = self._loop
+        named = loop.named_trainable()
+        loop.counters.extra_passes += 1
+        loop.counters.extra_rows += len(rows)
+        for batch in loop.batches(rows) if not per_sample else self._single(rows):
+            yield self._gradient(batch, named, loss)
+
+    def _gradient(
+        self, batch: Batch, named: list[tuple[str, nn.Parameter]], loss: Callable[[Batch, Output], Tensor] | None
+    ) -> dict[str, Tensor]:
         from .bookkeeping import quiet
 
         loop = self._loop
-        named = loop.named_trainable()
-        with quiet(loop.model):
-            for batch in loop.batches(rows) if not per_sample else self._single(rows):
+        asked = [p.requires_grad for _, p in named]  # before the first step nothing asks for gradients yet
+        try:
+            for _, parameter in named:
+                parameter.requires_grad_(True)
+            with quiet(loop.model), torch.enable_grad():
                 output = loop.system(batch, True)
                 if loss is not None:
                     value = loss(batch, output)
                 else:
-                    summed, count = loop.objective.loss(batch, output, None)
+                    summed, count = loop.objective.loss(batch, output, self._seen_classes(output))
                     value = summed / count.clamp(min=1)
                 found = torch.autograd.grad(value, [p for _, p in named], allow_unused=True)
-                yield {
-                    name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in zip(named, found, strict=True)
-                }
-        loop.counters.extra_passes += 1
-        loop.counters.extra_rows += len(rows)
+        finally:
+            for (_, parameter), wanted in zip(named, asked, strict=True):
+                parameter.requires_grad_(wanted)
+        return {name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in zip(named, found, strict=True)}
+
+    def _seen_classes(self, output: Output) -> Tensor | None:
+        """Heads may have rows for classes that were only declared; these never compete here."""
+        if self._loop.head is None or output.logits is None:
+            return None
+        return torch.arange(output.logits.shape[-1], device=output.logits.device) < len(self._loop.labels)
 
     def _single(self, rows: Rows) -> Iterator[Batch]:
         for row in rows:
@@ -190,8 +224,11 @@ class Services:
     def class_statistics(self, rows: Rows) -> dict[str, ClassStatistics]:
         """Mean and covariance of the features of each class in `rows`; one counted extra pass."""
         from .bookkeeping import quiet
+        from .errors import BadInput
 
         loop = self._loop
+        if loop.head is None:
+            raise BadInput(f"class_statistics: objective {loop.objective.name!r} has no classes; use it for classification")
         features, labels = [], []
         with quiet(loop.model), torch.no_grad():
             for batch in loop.batches(rows):
@@ -250,7 +287,8 @@ class Services:
         if self._previous is None:
             raise BadInput("previous_model: there is none before the second experience; ask `has_previous_model` first")
         loop = self._loop
-        with torch.no_grad():
+        # Its banks are smaller than those of the live model, whose routing the log is about.
+        with torch.no_grad(), observing(lambda _: None):
             return loop.objective.forward(self._previous, self._previous_head, batch, loop.pooling)
 
     def parameters_changed(self) -> None:

@@ -14,6 +14,7 @@ _TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token
 _IMAGE = {"image_size": 8, "patch_size": 4}
 _DECODER = {**_BLOCKS, **_TOKENS, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
 _DECODER["tie_word_embeddings"] = False  # tied random weights repeat the last token for ever
+_MIXED = ["sliding_attention", "full_attention"]
 _GPT2 = {**_TOKENS, "n_embd": WIDTH, "n_layer": DEPTH, "n_head": HEADS, "n_positions": 64}
 _DISTIL = {"vocab_size": VOCAB, "pad_token_id": 0, "dim": WIDTH, "n_layers": DEPTH, "n_heads": HEADS, "hidden_dim": 64}
 
@@ -32,7 +33,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", _DECODER),
     "gemma": ("GemmaConfig", _DECODER),
     "gemma2": ("Gemma2Config", {**_DECODER, "sliding_window": 4}),
-    "gemma3": ("Gemma3TextConfig", {**_DECODER, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3": ("Gemma3TextConfig", {**_DECODER, "sliding_window": 4, "layer_types": _MIXED}),
 }  # fmt: skip
 
 MODELS = {

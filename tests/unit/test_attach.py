@@ -12,7 +12,7 @@ import torch
 from hosts_tiny import WIDTH, Bias, build, inputs, result
 from torch import nn
 
-from perdure.attach import attach, attachment, build_methods, detach
+from perdure.attachment import attach, attachment, build_methods, detach
 from perdure.errors import BadInput
 from perdure.hosts import Host, Insertion
 from perdure.layers import LinearMemory
@@ -160,7 +160,7 @@ def test_generate_works_while_attached():
 
 
 def test_importing_attach_loads_no_torch():
-    code = "import sys, perdure.attach; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = "import sys, perdure.attachment; print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 

@@ -412,7 +412,8 @@ def test_token_masks_from_every_form():
     causal = four & torch.ones(3, 3).tril().bool()
     low = torch.finfo(torch.float16).min
     for mask in (
-        real.long(), four, causal, four[:, :, :1], torch.where(causal, 0.0, low).half(), torch.where(four, 0.0, -10000.0)
+        real.long(), four, causal, four[:, :, :1],
+        torch.where(causal, 0.0, low).half(), torch.where(four, 0.0, -10000.0),
     ):  # fmt: skip
         found = masks.token_mask(mask, 2, 3)
         assert found is not None and torch.equal(found, real)

@@ -69,8 +69,9 @@ def test_clip_has_two_towers():
 
 @pytest.mark.parametrize(
     ("name", "pool"),
-    [("BertForSequenceClassification", "mean"), ("ViTModel", "cls"), ("CLIPVisionModel", "cls"), ("CLIPTextModel", "last"),
-     ("GPT2LMHeadModel", "last"), ("LlamaModel", "last"), ("Gemma3TextModel", "last"), ("Dinov2Model", "cls")],
+    [("BertForSequenceClassification", "mean"), ("ViTModel", "cls"), ("CLIPVisionModel", "cls"),
+     ("CLIPTextModel", "last"), ("GPT2LMHeadModel", "last"), ("LlamaModel", "last"),
+     ("Gemma3TextModel", "last"), ("Dinov2Model", "cls")],
 )  # fmt: skip
 def test_pooling(name, pool):
     assert Host(build(name)).pool_default() == pool

@@ -1,8 +1,8 @@
 """A change around one transformer block: new hidden states, tokens that live in this block alone.
 
-Prompts, retrieval layers and block-wise adapters are functions of (hidden, mask, positions, rest). The frozen block runs
-on what they return, with masks, position ids and rotary tables made to fit, and the inserted tokens are taken out of its
-output.
+Prompts, retrieval layers and block-wise adapters are functions of (hidden, mask, positions, rest). The frozen block
+runs on what they return, with masks, position ids and rotary tables made to fit, and the inserted tokens are taken out
+of its output.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def strip(module: nn.Module, name: str) -> None:
     runner = module.__dict__.get("forward")
     if not isinstance(runner, _Runner) or name not in runner.names:
         raise BadInput(
-            f"block adapter {name.removeprefix(PREFIX)!r}: the block's forward was wrapped by {type(runner).__name__} after it was added; "
-            "take that off first"
+            f"block adapter {name.removeprefix(PREFIX)!r}: the block's forward was wrapped by {type(runner).__name__} "
+            "after it was added; take that off first"
         )
     runner.names.remove(name)
     del module._modules[name]
@@ -197,9 +197,9 @@ class _Call:
 class _Runner:
     """Stands as the `forward` of a block that has adapters.
 
-    A forward of the instance, and not a pair of hooks, because hooks of others on the block (transformers collects hidden
-    states so) must see neither inserted tokens nor state between calls. It refers to its module as a bound method would,
-    so that a deep copy of the module gets a runner of its own.
+    A forward of the instance, and not a pair of hooks, because hooks of others on the block (transformers collects
+    hidden states so) must see neither inserted tokens nor state between calls. It refers to its module as a bound
+    method would, so that a deep copy of the module gets a runner of its own.
     """
 
     def __init__(self, block: Block, inner: Callable[..., Any] | None):

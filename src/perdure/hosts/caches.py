@@ -71,9 +71,9 @@ class View:
             assert mine is not None
             if mine[0].shape[0] != keys.shape[0]:
                 raise BadInput(
-                    f"past_key_values: the batch has {keys.shape[0]} rows, but the inserted tokens of layer {self.layer} "
-                    f"were made for {mine[0].shape[0]}; caches of adapted blocks cannot be repeated or split by row: "
-                    "start from an empty cache, or pass use_cache=False"
+                    f"past_key_values: the batch has {keys.shape[0]} rows, but the inserted tokens of layer "
+                    f"{self.layer} were made for {mine[0].shape[0]}; caches of adapted blocks cannot be "
+                    "repeated or split by row: start from an empty cache, or pass use_cache=False"
                 )
             old = self.inner.update(keys, values, layer_idx, *args, **kwargs)
             return torch.cat((mine[0], old[0]), dim=-2), torch.cat((mine[1], old[1]), dim=-2)

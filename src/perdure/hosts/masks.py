@@ -1,4 +1,6 @@
-"""Attention masks when tokens are inserted into one block. Pure functions; B rows, T tokens, n inserted, K cached + new keys.
+"""Attention masks when tokens are inserted into one block. Pure functions.
+
+Shapes: B rows, T tokens, n inserted tokens, H heads, K keys (cached and new).
 
 A mask is None (nothing masked, apart from causality), 2-D [B, K] (1 = token), or 4-D [B, H, T, K], boolean
 (True = seen) or additive (0 = seen, very negative = not seen): the forms that transformers passes to a block.
@@ -66,8 +68,8 @@ def _like(mask: Tensor, seen: Tensor, hidden: float | None = None) -> Tensor:
 def _columns(mask: Tensor, seen_by: Tensor, count: int) -> Tensor:
     """Entries of n inserted keys for the host's own tokens: [B, T] -> [B, H, T, n].
 
-    Minus infinity, not the lowest number: where a padding row is hidden from everything, its additive row is constant and
-    attention averages over all keys, which must not come to include the inserted ones.
+    Minus infinity, not the lowest number: where a padding row is hidden from everything, its additive row is constant
+    and attention averages over all keys, which must not come to include the inserted ones.
     """
     return _like(mask, seen_by[:, None, :, None].expand(-1, -1, -1, count), float("-inf"))
 

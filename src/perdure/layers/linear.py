@@ -15,11 +15,11 @@ from ..memory.routing import Routing
 
 
 class LinearMemory(nn.Module):
-    """dy = sum over the k best atoms of w_i (a_i . x) b_i: what a bank of rank-1 atoms adds to W x + b (MoRAM, eqs 3-8).
+    """dy = sum over the k best atoms of w_i (a_i . x) b_i, added to W x + b (MoRAM, eqs 3-8).
 
     In training all atoms compete and dropout falls on x before the key product. In evaluation the threshold delta
-    is on, and atoms whose value is all zero (grown, never trained) take no part, not even in the norm. With an empty bank
-    the layer returns zeros. Routing is reported under `site` in the bank's own numbering of atoms.
+    is on, and atoms whose value is all zero (grown, never trained) take no part, not even in the norm. With an empty
+    bank the layer returns zeros. Routing is reported under `site` in the bank's own numbering of atoms.
 
     Args:
         in_features, out_features: d_in, d_out of the linear map.
@@ -90,7 +90,7 @@ class LinearMemory(nn.Module):
         return output
 
     def _view(self) -> AtomView:
-        """The trained atoms. Found once per state of the bank where no gradient is asked for: looking waits for the GPU."""
+        """The trained atoms. Without gradients they are looked for once per state of the bank: it waits for a GPU."""
         if torch.is_grad_enabled():
             return self.bank.without_empty()
         tensors = self.bank.view()[:4]

@@ -108,10 +108,14 @@ class Method:
         return batch
 
     criterion: Callable[[Batch, Output], tuple[Tensor, Tensor]] | None = None
-    """Replaces the objective's loss where a method defines it: returns (summed loss, count). One owner per list."""
+    """Replaces the objective's loss where a method defines it. One owner per list.
+
+    Returns the loss summed over the rows (or tokens) with a label, and their number. The loop divides the sum by the
+    number over all micro-batches and processes, which it counts itself.
+    """
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        """Scalars added to the objective's loss, each logged under its name."""
+        """Scalars added to the objective's loss, each logged under its name: means over the batch, or independent of it."""
         return {}
 
     def after_backward(self) -> None:

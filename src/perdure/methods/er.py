@@ -41,5 +41,5 @@ class ExperienceReplay(Method):
         buffer = self.loop.replay
         rehearsed = buffer.sample(self.config.per_step, self.loop.generator)
         if self.loop.first_epoch:
-            buffer.add(batch.rows, batch.index)
+            self.loop.remember(batch)
         return self.loop.extend(batch, rehearsed)

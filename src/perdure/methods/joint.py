@@ -24,7 +24,7 @@ class Joint(Method):
     class Config(MethodConfig):
         pass
 
-    needs = frozenset({"all_data"})
+    needs = frozenset({"all_data", "boundaries"})
     status = "upper bound"
 
     def before_experience(self, experience: Experience) -> None:

@@ -102,6 +102,9 @@ class LoRA(Method):
         return {by_path[path]: layer.lora_A["perdure"].weight for path, layer in self._layers.items()}
 
     def before_experience(self, experience: Experience) -> None:
+        for field in ("protect", "first_only"):
+            if getattr(self.config, field) and not self.loop.knows_boundaries:
+                raise BadInput(f"method.lora.{field}: needs boundaries between experiences; remove it")
         if self._protection:
             self._protection.project(self._downs())
 

@@ -78,7 +78,8 @@ def attach(model: Model, method: Any) -> Model:
             in which adapters on one module are added.
 
     Raises:
-        BadInput: methods are attached already; a name, a setting or the model does not fit. The model is then as before.
+        BadInput: methods are attached already; a name, a setting or the model does not fit. The model is then as
+            before.
     """
     from .hosts import Host
 

@@ -1,0 +1,80 @@
+"""Fills the ledger: every arm of a recipe over seeds, in several one-thread processes, then one comparison and its rows.
+
+`python -m benchmarks.ledger clinc150 --seeds 3 --processes 2`. Finished runs under runs/<recipe>/ are reused and unfinished ones go on,
+so the command may be stopped and repeated over days. Seed by seed, so that whole pairs stand early.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from perdure.comparison import compare, plan
+from perdure.evaluation.ledger import append, rows_from_comparison
+from perdure.recipe import load_recipe
+from perdure.run import read_report
+from perdure.state import environment
+
+LEDGER = Path("results/ledger.jsonl")
+
+
+def run_all(recipe: str, arms: list[str] | None, seeds: list[int], processes: int) -> list[str]:
+    """Runs what is not finished; returns the labels of runs that failed."""
+    runs = plan(load_recipe(recipe), arms, seeds)
+    waiting = [
+        (label, members[position]) for position in range(len(seeds)) for label, members in runs.items()
+        if (read_report(members[position].folder) or {}).get("status") != "complete"
+    ]  # fmt: skip
+    running: list[tuple[str, subprocess.Popen[bytes]]] = []
+    failed = []
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    while waiting or running:
+        while waiting and len(running) < processes:
+            label, member = waiting.pop(0)
+            member.folder.mkdir(parents=True, exist_ok=True)
+            command = [
+                sys.executable, "-m", "perdure", "run", recipe, f"method={label}", f"seed={member.seed}", "--no-progress",
+            ]  # fmt: skip
+            log = (member.folder.parent / f"seed-{member.seed}.log").open("wb")
+            running.append((f"{label} seed {member.seed}", subprocess.Popen(command, stdout=log, stderr=log, env=variables)))
+        time.sleep(1)
+        for label, process in list(running):
+            if process.poll() is not None:
+                running.remove((label, process))
+                print(f"{time.strftime('%H:%M:%S')} {label}: exit {process.returncode}", flush=True)
+                if process.returncode:
+                    failed.append(label)
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--arms", default=None)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--reference", default=None)
+    parser.add_argument("--note", default="", help="what every row should say, such as reduced sizes")
+    options = parser.parse_args()
+    arms = options.arms.split(",") if options.arms else None
+    failed = run_all(options.recipe, arms, list(range(options.seeds)), options.processes)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; see the logs beside their run folders")
+    comparison, page = compare(
+        load_recipe(options.recipe), arms, list(range(options.seeds)), options.reference, progress=False
+    )
+    facts = environment()
+    hardware = f"{facts.get('cpu', 'CPU')}, 1 thread a run, {options.processes} runs at a time"
+    for row in rows_from_comparison(comparison, hardware=hardware, commit=str(facts.get("commit")), note=options.note):
+        append(LEDGER, row)
+    print(json.dumps({row["method"]: row["metrics"]["average_accuracy"] for row in comparison["rows"]}, indent=1))
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The model as it is: nothing learns. The first row of any language-modelling table.
+
+With a classification head nothing could be predicted without learning: `linear_probe` is the frozen baseline there.
+Stored: nothing. Cost per token: the host's own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..config import MethodConfig
+from ..errors import BadInput
+from ._method import Method, register
+
+if TYPE_CHECKING:
+    from ..hosts import Host
+
+
+@register("frozen")
+class Frozen(Method):
+    """The frozen model as it is, for objectives that use the model's own head."""
+
+    class Config(MethodConfig):
+        pass
+
+    frozen_features = True
+    status = "verified"
+
+    def attach(self, host: Host) -> None:
+        loop = getattr(self, "loop", None)  # absent under the public `attach`
+        if loop is not None and loop.needs_head:
+            raise BadInput("method: 'frozen' learns nothing, so a classification head would too; use linear_probe")

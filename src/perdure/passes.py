@@ -1,0 +1,104 @@
+"""Passes without gradients over rows, for evaluation, statistics and cached features. Base of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .bookkeeping import Unlearnt, quiet
+from .data import Batch, Rows
+from .loading import make_batch, take
+from .memory.observe import observing
+
+if TYPE_CHECKING:
+    from .config import ProtocolConfig, TrainingConfig
+    from .heads import Head
+    from .hosts import Host
+    from .methods import Method
+    from .objectives import Objective
+    from .services import Services
+    from .streams.experience import Experience
+
+
+class Passes:
+    """What every pass needs: host, head, settings, labels."""
+
+    training: TrainingConfig
+    protocol: ProtocolConfig
+    objective: Objective
+    methods: list[Method]
+    model: nn.Module
+    processor: Any
+    seed: int
+    host: Host
+    pooling: str | None
+    head: Head | None
+    auxiliary_head: Head | None
+    labels: dict[str, int]
+    accelerator: Any
+    services: Services
+    _features: dict[tuple[str, str], Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def caches_features(self) -> bool:
+        return all(method.frozen_features for method in self.methods) and not any(
+            "rehearsal" in method.needs for method in self.methods
+        )
+
+    def batches(
+        self, rows: Rows, labels: dict[str, int] | None = None, *, by_length: bool = False, unlabelled: bool = False
+    ) -> Iterator[Batch]:
+        """Evaluation batches on the device, without augmentation, in row order.
+
+        Args:
+            rows: what to go through.
+            labels: class name -> id; the learner's own when absent.
+            by_length: order rows by length instead, which pads less.
+            unlabelled: leave labels out.
+        """
+        size = self.training.per_device_eval_batch_size
+        known = (labels if labels is not None else self.labels) if self.head is not None and not unlabelled else None
+        numbers = list(range(len(rows)))
+        if by_length and len(rows) and "text" in rows[0]:
+            numbers.sort(key=lambda number: len(rows[number].get("text") or ""))
+        for start in range(0, len(rows), size):
+            chosen = numbers[start : start + size]
+            picked = take(rows, chosen)
+            batch = make_batch(self.objective, self.processor, picked, known, chosen, training=False, seeds=None)
+            yield batch.to(self.device)
+
+    def _cached_features(self, experience: Experience, split: str, rows: Rows) -> Tensor:
+        key = (experience.hash, split)  # the content, not the index: another stream may be scored too
+        if key not in self._features:
+            with quiet(self.model), torch.no_grad(), self.autocast():
+                self._features[key] = torch.cat([
+                    _features_of(self.objective.forward(self.model, None, batch, self.pooling))
+                    for batch in self.batches(rows, Unlearnt(self.labels))
+                ])  # fmt: skip
+        return self._features[key]
+
+    def _forget_features(self, experience: Experience) -> None:
+        self._features.pop((experience.hash, "train"), None)
+
+    @contextmanager
+    def observing(self, batch: Batch) -> Iterator[None]:
+        self.services.router_log.mask = batch.inputs.get("attention_mask")
+        with observing(self.services.router_log.add):
+            yield
+
+    def autocast(self) -> Any:
+        if not self.training.bf16:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def _features_of(output: Any) -> Tensor:
+    return output.features.float().cpu()

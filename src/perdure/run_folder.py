@@ -1,0 +1,134 @@
+"""What lies in the folder of a run, and who may write there."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .errors import BadInput
+from .progress import Progress
+from .recipe import Recipe, resolved_yaml
+from .state import RunLock, StateStore, StateWarning, files, truncate
+
+RECIPE_FILE, REPORT_FILE, PAGE_FILE = "recipe.yaml", "report.json", "report.html"
+STATE_FOLDER, LOSSES_FILE, LOCK_FILE = "state", "losses.jsonl", ".lock"
+
+
+def read_report(folder: str | Path) -> dict[str, Any] | None:
+    """report.json of a run folder, or None where there is none.
+
+    Raises:
+        BadInput: the file is not a report.
+    """
+    path = Path(folder) / REPORT_FILE
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path}: is not valid JSON ({error}); delete it and run `perdure run` again") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: holds {type(found).__name__}, not a report; delete it and run `perdure run` again")
+    return found
+
+
+def undo(folder: str | Path, to: int | None = None) -> int:
+    """Takes a run back to before an experience: states, losses and report are again what they were then.
+
+    Args:
+        folder: the run.
+        to: index of the experience to return to before; the last one learnt when absent.
+
+    Returns:
+        Index of the experience that a new `perdure run` learns next.
+
+    Raises:
+        BadInput: the folder is no run, nothing was learnt, or no state from that boundary was kept.
+        CannotWrite: the run is at work just now.
+    """
+    folder = Path(folder)
+    if not (folder / STATE_FOLDER).is_dir():
+        raise BadInput(f"{folder}: is not a run folder (it has no state); give the folder of a `perdure run`")
+    with RunLock(folder), told(Progress().warn):
+        store = StateStore(folder / STATE_FOLDER)
+        kept = store.boundaries()
+        if to is None:
+            position = store.load().values["position"]
+            # In the middle of an experience it is that one which is taken back, at a boundary the one before.
+            to = position["experience"] - (not (position["phase"] == "train" and position["step"]))
+            if to < 0:
+                raise BadInput(f"{folder}: nothing was learnt yet, so there is nothing to undo")
+        if to not in kept:
+            listed = ", ".join(map(str, kept)) or "none"
+            raise BadInput(f"--to {to}: no state from before experience {to} was kept; kept: {listed}")
+        then = store.rollback(boundary=to).values["run"]
+        if (folder / LOSSES_FILE).exists():
+            truncate(folder / LOSSES_FILE, then["losses_bytes"])
+        (folder / PAGE_FILE).unlink(missing_ok=True)
+        _put_report_back(folder, then)
+    return to
+
+
+def _put_report_back(folder: Path, then: dict[str, Any]) -> None:
+    report = then.get("report")
+    if report is None:  # before the first experience there was none
+        (folder / REPORT_FILE).unlink(missing_ok=True)
+        return
+    from .report.build import write_json
+    from .run_report import read_losses
+
+    write_json(folder / REPORT_FILE, {**report, "curves": {"loss": read_losses(folder / LOSSES_FILE)}})
+
+
+def refuse_foreign_folder(folder: Path, recipe: Recipe) -> None:
+    """Refuses a folder that holds anything but a run of this very recipe.
+
+    Raises:
+        BadInput: names what is there and the first setting that differs.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"output_dir: {folder} is a file; give a folder")
+    path = folder / RECIPE_FILE
+    if not path.is_file():
+        ours = [name for name in (REPORT_FILE, PAGE_FILE, LOSSES_FILE, STATE_FOLDER) if (folder / name).exists()]
+        if ours:
+            raise BadInput(
+                f"output_dir: {folder} holds {' and '.join(ours)} but no {RECIPE_FILE}, so it is no run of this "
+                "recipe, and a run would write over it; give another output_dir"
+            )
+        return
+    then, now = path.read_text(encoding="utf-8"), resolved_yaml(recipe)
+    if then == now:
+        return
+    old, new = then.splitlines(), now.splitlines()
+    first = next((f"{a.strip()!r} there, {b.strip()!r} now" for a, b in zip(old, new, strict=False) if a != b), None)
+    raise BadInput(
+        f"output_dir: {folder} holds a run of another recipe ({first or 'another length'}); give another output_dir, "
+        "or the old settings to go on with it"
+    )
+
+
+def leave_no_trace(folder: Path, missing: list[Path]) -> None:
+    """Takes away what a run that was refused before its first step had written."""
+    files.remove_folder(folder / STATE_FOLDER)
+    for name in (RECIPE_FILE, LOSSES_FILE, LOCK_FILE):
+        (folder / name).unlink(missing_ok=True)
+    for path in missing:
+        with suppress(OSError):  # not empty: somebody else's
+            path.rmdir()
+
+
+@contextmanager
+def told(say: Callable[[str], None]) -> Iterator[None]:
+    """Hands warnings about states to `say`, so that a person reads the sentence and not where it came from."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", StateWarning)
+        try:
+            yield
+        finally:
+            for each in caught:
+                say(str(each.message))

@@ -1,0 +1,99 @@
+"""The report of a run, from what the run holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+def report_of(run: Run, status: str) -> dict[str, Any]:
+    """The content of report.json (`report.build`) as the run stands now."""
+    from .report.build import build_report
+
+    learner, recipe = run.learner, run.recipe
+    settings = learner.settings()
+    return build_report(
+        name=recipe.name,
+        method="+".join(method.name for method in learner.methods),
+        head=None if learner.head is None else learner.head.name,
+        model=run.model_facts["name"],
+        stream=run.stream.name,
+        objective=learner.objective.name,
+        metric=learner.objective.metric,
+        higher_is_better=learner.objective.higher_is_better,
+        seed=recipe.seed,
+        protocol=settings["protocol"],
+        training=settings["training"],
+        details=_details(run, settings),
+        matrix=run.matrix,
+        baseline=run.baseline,
+        cost=_cost(run),
+        status=status,
+        plasticity=_plasticity(run),
+        curves={"loss": read_losses(run.losses_path)},
+        router=run.router,
+        environment=run.environment,
+        notes=run.notes,
+    )
+
+
+def _details(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
+    learner = run.learner
+    return {
+        "arm": run.recipe.label,
+        "method": [
+            {"name": m.name, "title": m.title, "config": m.config.model_dump(mode="json"), "status": m.status,
+             "removal": m.removal} for m in learner.methods
+        ],
+        "head": settings["head"],
+        "objective": settings["objective"],
+        "model": {**run.model_facts, "hash": run.base_hash},
+        "stream": run.stream.describe(),
+        "tuning": run.recipe.tuning,
+        "router_history": run.router_history,
+        "writes": learner.writes,
+    }  # fmt: skip
+
+
+def _plasticity(run: Run) -> dict[str, float]:
+    found: dict[str, float] = {}
+    measured = [value for value in run.drift if value is not None]
+    if measured:
+        found["feature_drift"] = measured[-1]
+    if run.router_history:
+        last = run.router_history[-1]
+        found |= {name: last[name] for name in ("off_rate", "new_share") if name in last}
+    for method in run.learner.methods:
+        found |= method.plasticity()
+    return found
+
+
+def _cost(run: Run) -> dict[str, float]:
+    learner, counters = run.learner, run.learner.counters
+    return {
+        "seconds": counters.seconds, "evaluation_seconds": run.evaluation_seconds,
+        "trainable_parameters": run.trainable or learner.trainable_parameters(),
+        "total_parameters": sum(p.numel() for p in learner.system.parameters()),
+        "stored_bytes": learner.stored_bytes(), "steps": counters.steps, "samples": counters.samples,
+        "extra_passes": counters.extra_passes, "extra_rows": counters.extra_rows,
+    }  # fmt: skip
+
+
+def read_losses(path: Path) -> list[list[float]]:
+    """The loss curve of losses.jsonl: [step, experience, value] of each logged step."""
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [[line["step"], line["experience"], line["loss"]] for line in lines]
+
+
+def mean_over_sites(router: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Each figure of the router, averaged over all sites."""
+    names = {name for facts in router.values() for name in facts}
+    return {
+        name: sum(facts.get(name, 0.0) for facts in router.values()) / max(1, len(router)) for name in sorted(names)
+    }

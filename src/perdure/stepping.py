@@ -1,0 +1,297 @@
+"""One optimizer step: batches in, weights moved. The loss is the mean over rows of all micro-batches and processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .bookkeeping import Counters, Past, Position
+from .data import Batch, Output, Row, Rows
+from .errors import NonFiniteLoss
+from .loading import Plan, Prefetch, derived_seed, make_batch, take, without_fillers
+from .methods import Method
+from .optim import Optimization
+from .passes import Passes
+
+if TYPE_CHECKING:
+    from .replay import ReplayBuffer
+    from .streams.experience import Experience
+
+
+class Stepping(Passes):
+    """The part of the loop that trains."""
+
+    system: nn.Module
+    wrapped: nn.Module | None = None
+    optimization: Optimization | None
+    position: Position
+    counters: Counters
+    history: list[Past]
+    current: Experience | None
+    generator: torch.Generator
+    replay: ReplayBuffer
+    _steps_per_epoch: int = 1
+    _clock: float = 0.0
+    _finite: Tensor | None = None
+    _micro: int = 0
+    _step_classes: Tensor | None = None
+    _rows: Rows = ()
+    _plan_now: Plan | None = None
+
+    # ---- what trains
+    def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Everything that trains by gradient, with names that stay the same when banks grow."""
+        return [pair for group in self._groups() for pair in group["params"]]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups = []
+        for number, method in enumerate(self.methods):
+            for group in method.parameter_groups():
+                named = [(f"method/{number}/{name}", parameter) for name, parameter in group["params"]]
+                groups.append({"lr": self.training.learning_rate, **group, "params": named})
+        groups = [group for group in groups if group["params"]]
+        if self.auxiliary_head is not None and not groups:
+            return []  # it only serves to train an adapter
+        head = self.auxiliary_head or self.head
+        if head is not None and not head.closed_form:
+            rate = self.training.head_learning_rate or self.training.learning_rate
+            groups.append({"params": [(f"head/{n}", p) for n, p in head.parameters()], "lr": rate, "weight_decay": 0.0})
+        return [group for group in groups if group["params"]]
+
+    def _optimize_anew(self, keep: Optimization | None = None) -> None:
+        groups = self._groups()
+        for parameter in self.model.parameters():  # what trained in an earlier experience may stand still now
+            parameter.requires_grad_(False)
+        for group in groups:
+            for _, parameter in group["params"]:
+                parameter.requires_grad_(True)
+        self.optimization = Optimization(self.training, groups, keep)
+        self.wrapped = self._wrap()
+
+    def _wrap(self) -> nn.Module:
+        if self.accelerator.num_processes == 1:
+            return self.system
+        self.wrapped = None
+        self.accelerator.free_memory()  # the wrapper before it has hooks on parameters that are still in use
+        return self.accelerator.prepare(self.system)
+
+    def parameters_changed(self) -> None:
+        """A method grew or replaced parameters between steps: rebuilds the optimizer, keeping what still fits."""
+        self.system.to(self.device)
+        if self.optimization is not None:
+            self._optimize_anew(keep=self.optimization)
+
+    # ---- the steps of one experience
+    def _train(self, rows: Rows, plan: Plan, on_step: Callable[..., None] | None) -> None:
+        if self.optimization is None:  # nothing trains by gradient
+            return
+        assert self.current is not None
+        features = self._cached_features(self.current, "train", rows) if self.caches_features else None
+        self._rows, self._plan_now, begin = rows, plan, self.position.step
+
+        def prepare() -> Iterator[list[Batch]]:
+            for step, groups in plan.from_step(begin):
+                yield [self._prepare(rows, numbers, step, features) for numbers in groups]
+
+        self.model.train(not self.caches_features)
+        try:
+            with Prefetch(prepare) as batches:
+                for micro_batches in batches:
+                    logged = self.counters.steps % self.training.logging_steps == 0
+                    losses = self._step(micro_batches, plan, logged)
+                    self.position.step += 1
+                    self.counters.steps += 1
+                    if on_step is not None:
+                        self.tick()
+                        on_step(self, losses)
+                        self._clock = time.perf_counter()  # what the caller does is no training time
+            self.check_finite()
+        finally:
+            self.model.eval()
+            self._rows, self._plan_now = (), None
+            if self.optimization is not None:
+                self.optimization.zero_grad()
+
+    def tick(self) -> None:
+        """Adds the time since the last tick to the counted seconds."""
+        now = time.perf_counter()
+        self.counters.seconds, self._clock = self.counters.seconds + now - self._clock, now
+
+    def _transformed(self, picked: list[Row]) -> list[Row]:
+        for method in self.methods:
+            if type(method).transform is not Method.transform:
+                picked = [method.transform(row) for row in picked]
+        return picked
+
+    def _prepare(self, rows: Rows, numbers: list[int], step: int, features: Tensor | None) -> Batch:
+        picked = self._transformed(take(rows, numbers))
+        if features is not None:
+            ids = torch.tensor([self.labels[str(row["label"])] for row in picked])
+            batch = Batch({}, ids, picked, torch.tensor(numbers), features=features[[max(n, 0) for n in numbers]])
+        else:
+            seeds = [derived_seed(self.seed, "augment", self.position.experience, step, n) for n in numbers]
+            known = self.labels if self.head else None
+            batch = make_batch(self.objective, self.processor, picked, known, numbers, training=True, seeds=seeds)
+        if self.protocol.task_id != "none" and self.current is not None and self.current.task is not None:
+            batch = replace(batch, task=torch.full((len(numbers),), self.current.task))
+        return without_fillers(batch, numbers)
+
+    def rows_everywhere(self, batch: Batch) -> tuple[Rows, Tensor | Sequence[int] | None]:
+        """Rows and positions of this micro-batch in all processes, in the order in which one process would see them."""
+        world, plan = self.accelerator.num_processes, self._plan_now
+        if world == 1 or plan is None:
+            return batch.rows, batch.index
+        order = plan.order(self.position.step // plan.steps_per_epoch)
+        numbers = [
+            number
+            for rank in range(world)
+            for number in replace(plan, rank=rank).micro_batches(self.position.step, order)[self._micro]
+            if number >= 0
+        ]
+        return self._transformed(take(self._rows, numbers)), numbers
+
+    # ---- one step
+    def _step(self, micro_batches: list[Batch], plan: Plan, logged: bool) -> dict[str, float]:
+        assert self.optimization is not None and self.wrapped is not None
+        micro_batches = [self._before_step(number, batch) for number, batch in enumerate(micro_batches)]
+        counts, total = self._counts(micro_batches)
+        self._step_classes = self._classes_of(micro_batches)
+        log: dict[str, Tensor] = {}
+        for number, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
+            batch = batch.to(self.device)
+            last = number == len(micro_batches) - 1
+            synchronise = nullcontext() if last or self._world == 1 else self.accelerator.no_sync(self.wrapped)
+            share = count / total if total else 1 / (len(micro_batches) * self._world)
+            with synchronise:
+                with self.observing(batch) if logged else nullcontext(), self.autocast():
+                    output = self.wrapped(batch, True)
+                    loss = self._loss(batch, output, total, share, log)
+                self._refuse_non_finite(loss, "loss", log)
+                self.accelerator.backward(loss)
+        optimization = self.optimization
+        for method in self.methods:
+            method.after_backward()
+        norm = optimization.clip()
+        if norm is not None:
+            self._refuse_non_finite(norm, "gradient norm", log)
+        before = optimization.values() if any(method.needs_before_update for method in self.methods) else {}
+        optimization.step(self.position.step, plan.steps)
+        with torch.no_grad():
+            for method in self.methods:
+                method.after_update(before)
+        optimization.zero_grad()
+        for method in self.methods:
+            method.after_step()
+        return self._shown(log) if logged else {}
+
+    @property
+    def _world(self) -> int:
+        return self.accelerator.num_processes
+
+    def _before_step(self, number: int, batch: Batch) -> Batch:
+        self._micro = number
+        for method in self.methods:
+            batch = method.before_step(batch)
+        return batch
+
+    def _loss(self, batch: Batch, output: Output, total: float, share: float, log: dict[str, Tensor]) -> Tensor:
+        """What this micro-batch of this process adds to the loss of the step.
+
+        The objective's sum is divided by the count over the whole step. A method's own losses are means over a batch
+        (or do not depend on it), so they are weighted by the batch's share of that count. Processes are averaged when
+        gradients are exchanged, hence the factor.
+        """
+        owner = next((method for method in self.methods if method.criterion is not None), None)
+        if owner is not None:
+            assert owner.criterion is not None
+            summed, _ = owner.criterion(batch, output)
+        else:
+            allowed = self._allowed(batch, output.logits) if output.logits is not None else None
+            summed, _ = self.objective.loss(batch, output, allowed)
+        parts = {"loss": summed / max(total, 1.0)}
+        for method in self.methods:
+            for name, extra in method.losses(batch, output).items():
+                parts[f"{method.name}.{name}"] = extra * share
+        for name, value in parts.items():
+            log[name] = log[name] + value.detach() if name in log else value.detach()
+        return sum(parts.values(), torch.zeros((), device=summed.device)) * self._world
+
+    def _counts(self, micro_batches: list[Batch]) -> tuple[list[float], float]:
+        """Rows or tokens that count in each micro-batch, and in the whole step over all processes."""
+        counts, rows = [], 0
+        for batch in micro_batches:
+            if batch.labels is None:
+                counts.append(float(len(batch)))
+            else:
+                labels = batch.labels[:, 1:] if batch.labels.ndim == 2 else batch.labels
+                counts.append(float((labels != -100).sum()))
+            real = batch.index >= 0 if batch.index is not None else torch.ones(len(batch), dtype=torch.bool)
+            rows += int((real if batch.rehearsed is None else real | batch.rehearsed).sum())
+        sums = torch.tensor([sum(counts), rows], dtype=torch.float64)
+        if self._world > 1:
+            sums = self.accelerator.reduce(sums.to(self.device), "sum").cpu()
+        self.counters.samples += int(sums[1])
+        return counts, float(sums[0])
+
+    def _shown(self, log: dict[str, Tensor]) -> dict[str, float]:
+        if self._world == 1:
+            return {name: float(value) for name, value in log.items()}
+        names = sorted(log)
+        values = self.accelerator.reduce(torch.stack([log[name].double() for name in names]), "sum")
+        return dict(zip(names, values.tolist(), strict=True))
+
+    # ---- masks
+    def _classes_of(self, micro_batches: list[Batch]) -> Tensor | None:
+        """Classes [C] of the step's own rows: what "current" means on a stream without boundaries."""
+        if self.head is None or self.protocol.boundaries == "train" or self.protocol.mask != "current":
+            return None
+        found = torch.zeros(len(self.labels))
+        for batch in micro_batches:
+            assert batch.labels is not None
+            mine = batch.labels if batch.rehearsed is None else batch.labels[~batch.rehearsed]
+            found[mine[mine >= 0]] = 1
+        if self._world > 1:
+            found = self.accelerator.reduce(found.to(self.device), "sum")
+        return found.to(self.device) > 0
+
+    def _allowed(self, batch: Batch, logits: Tensor) -> Tensor | None:
+        """Classes that compete in the training loss: [C], or [B, C] where rehearsed rows see more than current ones."""
+        if self.head is None or self.protocol.mask == "all":
+            return None
+        seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        seen[: len(self.labels)] = True
+        if self.protocol.mask == "seen" or any("all_data" in method.needs for method in self.methods):
+            return seen
+        current = torch.zeros_like(seen)
+        if self._step_classes is not None:
+            current[: len(self._step_classes)] = self._step_classes
+        else:
+            current[[self.labels[name] for name in self.history[-1].classes]] = True
+        if batch.rehearsed is None:
+            return current
+        return torch.where(batch.rehearsed[:, None], seen, current)
+
+    # ---- values that are not finite
+    def _refuse_non_finite(self, value: Tensor, what: str, log: dict[str, Tensor]) -> None:
+        """On an accelerator each look stalls the device: there it is taken on logged steps, before saves and at the end."""
+        finite = torch.isfinite(value.detach())
+        self._finite = finite if self._finite is None else self._finite & finite
+        if self.device.type == "cpu" or self.counters.steps % self.training.logging_steps == 0:
+            self.check_finite(what, log)
+
+    def check_finite(self, what: str = "loss", log: dict[str, Tensor] | None = None) -> None:
+        """Raises NonFiniteLoss if a loss or a gradient since the last look was NaN or infinite."""
+        finite, self._finite = self._finite, None
+        if finite is None or bool(finite):
+            return
+        shown = {name: float(value) for name, value in (log or {}).items()}
+        raise NonFiniteLoss(
+            f"{what}: is not finite at step {self.counters.steps} of the run ({shown}); the last good state is kept. "
+            "Lower training.learning_rate, set training.max_grad_norm, or look at the rows of this batch"
+        )

@@ -1,0 +1,115 @@
+"""A stream, recipes and comparisons of runs that the end-to-end tests share."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perdure import yamltext
+from perdure.state import StateStore
+
+WORDS = ["ash", "birch", "cedar", "elm", "fir", "oak", "pine", "yew"]
+MODEL = {"scratch": {"family": "bert", "layers": 1, "width": 16, "heads": 2, "ffn_width": 32, "max_length": 32}}
+MORAM = {"rank": 2, "top_k": 2, "targets": "attention", "dropout": 0.1}
+# name -> (method, head)
+ARMS: dict[str, tuple[Any, Any]] = {
+    "finetune": ("finetune", "cosine"),
+    "linear_probe": ("linear_probe", "cosine"),
+    "linear_probe+ridge": ("linear_probe", {"ridge": {"features": 32}}),
+    "lora": ({"lora": {"rank": 2, "dropout": 0.1}}, "linear"),
+    "joint": ([{"lora": {"rank": 2}}, "joint"], "cosine"),
+    "er": ({"er": {"budget": 9, "per_step": 3}}, "cosine"),
+    "moram": ({"moram": MORAM}, "cosine"),
+    "moram-protected+ridge": ({"moram": {**MORAM, "protect": {"inputs": 0.5}}}, {"ridge": {"features": 32}}),
+    "moram+er": ([{"moram": MORAM}, {"er": {"budget": 9, "per_step": 3}}], "cosine"),
+}
+
+
+def rows(label: str, number: int, seed: int) -> list[dict[str, str]]:
+    draw = random.Random(f"{label}/{seed}")
+    return [
+        {"text": " ".join([label[:3], *draw.choices(WORDS, k=4), label[3:]]), "label": label} for _ in range(number)
+    ]
+
+
+def write_rows(path: Path, every: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in every), encoding="utf-8")
+    return path
+
+
+def write_stream(folder: Path, classes: int = 6, train: int = 10, test: int = 4) -> dict[str, Any]:
+    """Two files of rows, and the `stream` block that reads them, two classes to an experience."""
+    labels = [f"kind{number}" for number in range(classes)]
+    for name, number, seed in (("train", train, 0), ("test", test, 1)):
+        write_rows(folder / f"{name}.jsonl", [row for label in labels for row in rows(label, number, seed)])
+    source = {"path": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
+    return {"source": source, "experiences": classes // 2}
+
+
+def settings(folder: Path, method: Any = "moram", head: Any = None, **changes: Any) -> dict[str, Any]:
+    """A recipe in which every random draw takes part: dropout, growth, rehearsal, shuffling."""
+    made: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"scratch": {**MODEL["scratch"], "dropout": 0.1}},
+        "stream": write_stream(folder),
+        "objective": {"classification": {"max_length": 32}},
+        "method": method,
+        "head": head,
+        "training": {
+            "learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_steps": 3, "logging_steps": 2,
+            "num_threads": 1, "lr_scheduler": "cosine",
+        },
+        "protocol": {"rehearsal": 9, "evaluate": "seen_and_next"},
+    }  # fmt: skip
+    for key, value in changes.items():
+        made[key] = {**made[key], **value} if isinstance(made.get(key), dict) and key != "model" else value
+    return made
+
+
+def write_recipe(folder: Path, method: Any = "moram", head: Any = None, **changes: Any) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(yamltext.dump(settings(folder, method, head, **changes)), encoding="utf-8")
+    return path
+
+
+# ---- what a run left
+def without_times(value: Any) -> Any:
+    """All but seconds and the environment."""
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k != "environment" and not k.endswith("seconds")}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def newest(run: Path) -> tuple[dict[str, torch.Tensor], Any]:
+    state = StateStore(run / "state").load()
+    return state.tensors, without_times(state.values)
+
+
+def report(run: Path) -> dict[str, Any]:
+    return json.loads((run / "report.json").read_text(encoding="utf-8"))
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What two finished runs do not have in common, bit for bit; times and environment do not count."""
+    (a, x), (b, y) = newest(one), newest(other)
+    found = [f"tensor {name}" for name in sorted(a.keys() ^ b.keys())]
+    found += [f"tensor {n}" for n in sorted(a.keys() & b.keys()) if not same_bytes(a[n], b[n])]
+    found += [f"value {name}" for name in sorted(x.keys() | y.keys()) if x.get(name) != y.get(name)]
+    first, second = without_times(report(one)), without_times(report(other))
+    found += [f"report {name}" for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]
+    lines = [(run / "losses.jsonl").read_bytes() if (run / "losses.jsonl").exists() else None for run in (one, other)]
+    return found + ([] if lines[0] == lines[1] else ["losses.jsonl"])
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    same = a.dtype == b.dtype and a.shape == b.shape
+    return same and torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, to see that nothing changed."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
