@@ -18,12 +18,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/perdure demo
 
+# Two workers with one thread each: small tensors gain nothing from a second thread.
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Also the full product of methods and hosts.
 test-all: install
-	PERDURE_FULL=1 $(BIN)/python -m pytest -q
+	PERDURE_FULL=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check src tests benchmarks

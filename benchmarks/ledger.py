@@ -1,7 +1,8 @@
-"""Fills the ledger: every arm of a recipe over seeds, in several one-thread processes, then one comparison and its rows.
+"""Fills the ledger: every arm of a recipe over seeds, in several one-thread processes, then one comparison.
 
-`python -m benchmarks.ledger clinc150 --seeds 3 --processes 2`. Finished runs under runs/<recipe>/ are reused and unfinished ones go on,
-so the command may be stopped and repeated over days. Seed by seed, so that whole pairs stand early.
+`python -m benchmarks.ledger clinc150 --seeds 3 --processes 2`. Finished runs under runs/<recipe>/ are reused and
+unfinished ones go on, so the command may be stopped and repeated over days. Seed by seed, so that whole pairs stand
+early.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ def run_all(recipe: str, arms: list[str] | None, seeds: list[int], processes: in
             label, member = waiting.pop(0)
             member.folder.mkdir(parents=True, exist_ok=True)
             command = [
-                sys.executable, "-m", "perdure", "run", recipe, f"method={label}", f"seed={member.seed}", "--no-progress",
+                sys.executable, "-m", "perdure", "run", recipe, f"method={label}", f"seed={member.seed}",
+                "--no-progress",
             ]  # fmt: skip
             log = (member.folder.parent / f"seed-{member.seed}.log").open("wb")
-            running.append((f"{label} seed {member.seed}", subprocess.Popen(command, stdout=log, stderr=log, env=variables)))
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=variables)
+            running.append((f"{label} seed {member.seed}", process))
         time.sleep(1)
         for label, process in list(running):
             if process.poll() is not None:

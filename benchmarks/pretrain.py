@@ -1,7 +1,7 @@
 """Pretrains the small byte-level language model that the recipe lm/domains starts from: one domain, then it is frozen.
 
-`python -m benchmarks.pretrain` writes runs/models/shakespeare-bytes (weights, tokenizer, facts.json with the perplexity reached).
-The data folder is named by PERDURE_DATA. Two CPU cores: a few minutes.
+`python -m benchmarks.pretrain` writes runs/models/shakespeare-bytes (weights, tokenizer, facts.json with the
+perplexity reached). The data folder is named by PERDURE_DATA. Two CPU cores: a few minutes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def main() -> None:
     options = parser.parse_args()
     stream = build_stream(
         {
-            "source": ["shakespeare", "kjv_bible"], "scenario": "domain_incremental", "text_unit": "blocks", "block_chars": 255,
-            "max_chars": options.characters,
+            "source": ["shakespeare", "kjv_bible"], "scenario": "domain_incremental", "text_unit": "blocks",
+            "block_chars": 255, "max_chars": options.characters,
         },
         0,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """Rates of every arm of a recipe: the same grid, the same trials, judged on validation rows of the first experience.
 
-`python -m benchmarks.tune clinc150 --arms finetune,lora,moram` trains each arm on experience 0 alone for every pair of rates and
-takes the pair with the lowest validation loss of the head that the arm is trained through. Test rows and later experiences are never
-read. The table goes to results/tuning/<recipe>.json; what it says is copied into the recipe by hand.
+`python -m benchmarks.tune clinc150 --arms finetune,lora,moram` trains each arm on experience 0 alone for every pair of
+rates and takes the pair with the lowest validation loss of the head that the arm is trained through. Test rows and
+later experiences are never read. The table goes to results/tuning/<recipe>.json; what it says is copied into the
+recipe by hand.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 if not os.environ.get("PERDURE_DATA") and (DATA / "MANIFEST.json").is_file():
     os.environ["PERDURE_DATA"] = str(DATA)
 
+# Tiny tensors: a second thread only costs. Set before torch is imported, and for subprocesses too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def has_data() -> bool:
     folder = os.environ.get("PERDURE_DATA")

@@ -77,11 +77,11 @@ def check_combination(
     Raises:
         BadInput: nothing would train, or the classes are not declared where the mask needs them.
     """
-    if not objective.needs_head and not any(method.adapts for method in methods):
-        names = ", ".join(method.name for method in methods)
+    idle = [method.name for method in methods if method.learns]
+    if not objective.needs_head and idle and not any(method.adapts for method in methods):
         raise BadInput(
-            f"method: {names} trains a head only, and objective {objective.name!r} has none of ours, so nothing would be "
-            "learnt; use a method that adapts the model (finetune, lora, moram)"
+            f"method: {', '.join(idle)} trains a head only, and objective {objective.name!r} has none of ours, so "
+            "nothing would be learnt; use a method that adapts the model (finetune, lora, moram)"
         )
     if objective.needs_head and protocol.mask == "all" and not classes:
         raise BadInput("protocol.mask: all needs the classes in advance; give `classes` or use the mask seen")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import BadInput
+from .errors import BadInput, ForgotTooMuch
 from .recipe import Recipe, run_folder, safe
 
 COMPARISON_FILE, PAGE_FILE, REPORT_FILE = "comparison.json", "report.html", "report.json"
@@ -111,7 +111,12 @@ def _run(recipe: Recipe, place: str, progress: bool, say: Callable[[str], None] 
     if say is not None:
         state = "new" if before is None else "finished before" if before["status"] == "complete" else "goes on"
         say(f"[{place}] {recipe.label}, seed {recipe.seed}: {state}")
-    report = runner.run_recipe(recipe, progress=progress)
+    try:
+        report: Any = runner.run_recipe(recipe, progress=progress)
+    except ForgotTooMuch as error:  # the run is whole; beside the others it shows how much
+        report = runner.read_report(recipe.folder)
+        if say is not None:
+            say(str(error))
     _free_memory()
     return report
 

@@ -15,7 +15,7 @@ from . import models
 
 State = Literal["ok", "missing", "wrong"]
 REQUIRED = ("torch", "transformers", "accelerate", "peft", "safetensors", "pydantic", "typer", "rich", "numpy")
-REQUIRED += ("pyyaml", "jinja2", "matplotlib")
+REQUIRED += ("pyyaml", "jinja2")
 EXTRAS = {
     "datasets": ("data", "Hugging Face datasets by id"),
     "pyarrow": ("data", "parquet files"),

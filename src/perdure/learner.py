@@ -114,8 +114,12 @@ class Learner(Loop):
         names, found = self.seen, []
         unknown = [name for name in classes or () if name not in self.labels]
         if unknown or (classes is not None and not len(classes)):
-            raise BadInput(f"classes: {unknown or 'an empty list'} cannot be predicted; give some of {', '.join(names)}")
-        among = torch.tensor([self.labels[name] for name in (names if classes is None else classes)], device=self.device)
+            raise BadInput(
+                f"classes: {unknown or 'an empty list'} cannot be predicted; give some of {', '.join(names)}"
+            )
+        among = torch.tensor(
+            [self.labels[name] for name in (names if classes is None else classes)], device=self.device
+        )
         with quiet(self.model), torch.no_grad():
             for batch in self.batches(rows, unlabelled=True):
                 with self.autocast():
@@ -134,8 +138,8 @@ class Learner(Loop):
         return torch.cat(parts)
 
     def partial_fit(self, rows: Sequence[Row]) -> Learner:
-        """Learns rows that just arrived: one pass in batches. With `protocol.boundaries: none` the optimizer goes on from
-        call to call and the method is not told that anything new begins; else each call is an experience.
+        """Learns rows that just arrived: one pass in batches. With `protocol.boundaries: none` the optimizer goes on
+        from call to call and the method is not told that anything new begins; else each call is an experience.
 
         Raises:
             BadInput: no rows, or a row that does not fit.
@@ -261,7 +265,9 @@ class Learner(Loop):
         tensors, values = self.learnt_state()
         replayed, described = self.replay.state_dict()
         every = [*tensors.values(), *replayed.values()]
-        return sum(t.numel() * t.element_size() for t in every) + len(json.dumps([values["methods"], described]).encode())
+        return sum(t.numel() * t.element_size() for t in every) + len(
+            json.dumps([values["methods"], described]).encode()
+        )
 
     # ---- folders
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -274,7 +280,10 @@ class Learner(Loop):
         from .state.portable import write_portable
 
         tensors, values = self.learnt_state()
-        values |= {"settings": self.settings(), "base": {"hash": model_hash(self.frozen_base()), "name": self._base_name()}}
+        values |= {
+            "settings": self.settings(),
+            "base": {"hash": model_hash(self.frozen_base()), "name": self._base_name()},
+        }
         return write_portable(Path(folder), tensors, values)
 
     def settings(self) -> dict[str, Any]:
@@ -292,7 +301,9 @@ class Learner(Loop):
     def describe(self) -> dict[str, Any]:
         """Settings and what is known about each part, for the report."""
         return self.settings() | {
-            "details": [{"name": m.name, "title": m.title, "status": m.status, "removal": m.removal} for m in self.methods],
+            "details": [
+                {"name": m.name, "title": m.title, "status": m.status, "removal": m.removal} for m in self.methods
+            ],
             "metric": self.objective.metric,
             "higher_is_better": self.objective.higher_is_better,
         }

@@ -137,9 +137,12 @@ def joined(batch: Batch, more: Batch, pad: int) -> Batch:
         BadInput: the two hold different kinds of input.
     """
     if set(batch.inputs) != set(more.inputs):
-        raise BadInput(f"rehearsed rows have inputs {sorted(more.inputs)}, the batch {sorted(batch.inputs)}; use one kind")
+        raise BadInput(
+            f"rehearsed rows have inputs {sorted(more.inputs)}, the batch {sorted(batch.inputs)}; use one kind"
+        )
     inputs = {
-        name: _stacked(tensor, more.inputs[name], pad if name == "input_ids" else 0) for name, tensor in batch.inputs.items()
+        name: _stacked(tensor, more.inputs[name], pad if name == "input_ids" else 0)
+        for name, tensor in batch.inputs.items()
     }
     labels = None
     if batch.labels is not None and more.labels is not None:

@@ -56,7 +56,8 @@ class Loop(Stepping):
     Args:
         model: the user's own transformers model; small modules are put into it, it stays the same object.
         processor: its tokenizer or an image processor.
-        method: a name, `{name: settings}`, or a list of these, e.g. `[{"moram": {"rank": 8}}, {"er": {"budget": 200}}]`.
+        method: a name, `{name: settings}`, or a list of these, e.g.
+            `[{"moram": {"rank": 8}}, {"er": {"budget": 200}}]`.
         head: "cosine" (default for classification), "linear", "ridge", or `{name: settings}`.
         objective: "classification" or "causal_lm", or `{name: settings}`.
         training, protocol: `TrainingConfig`, `ProtocolConfig`, or dicts of their fields.
@@ -108,7 +109,8 @@ class Loop(Stepping):
         self.generator = torch.Generator().manual_seed(derived_seed(seed, "methods"))
         everything = any("all_data" in method.needs for method in self.methods)
         samples = sys.maxsize if everything else max(method.requires_rehearsal() for method in self.methods)
-        self.replay = ReplayBuffer(samples, self.protocol.rehearsal_bytes, generator=self.generator)
+        limit = None if everything else self.protocol.rehearsal_bytes
+        self.replay = ReplayBuffer(samples, limit, generator=self.generator)
         self.services = Services(self)
         for item in self.methods:
             item.loop = self.services
@@ -116,7 +118,7 @@ class Loop(Stepping):
         width = self.host.width
         self.head = build_head(head, self.objective, width, seed)
         self.auxiliary_head = build_auxiliary_head(self.head, self.methods, width, seed)
-        self.system = System(self).to(self.accelerator.device)
+        self.system = System(self).to(self.accelerator.device).eval()
         self.optimization = None
         self._features = {}
         self.current = None
@@ -210,8 +212,8 @@ class Loop(Stepping):
         past = self.history[-1]
         if past.hash and experience.hash != past.hash:
             raise BadInput(
-                f"experience {experience.name!r}: the learner stands at step {self.position.step} of {past.name!r}, whose "
-                "rows are others; give that experience again, or load an older state"
+                f"experience {experience.name!r}: the learner stands at step {self.position.step} of {past.name!r}, "
+                "whose rows are others; give that experience again, or load an older state"
             )
 
     def _begin(self, experience: Experience) -> bool:
@@ -226,8 +228,11 @@ class Loop(Stepping):
         self.current = experience
         grew = self._see(labels)
         self.history.append(Past(experience.index, experience.name, labels, experience.hash))
-        self.writes.append({"id": len(self.writes), "kind": "experience", "name": experience.name, "hash": experience.hash})
+        self.writes.append(
+            {"id": len(self.writes), "kind": "experience", "name": experience.name, "hash": experience.hash}
+        )
         if told:
+            self.services.router_log.reset()  # what it counts is this experience
             try:
                 for method in self.methods:
                     method.before_experience(self._as_granted(experience))
@@ -246,7 +251,9 @@ class Loop(Stepping):
         names = dict.fromkeys(experience.classes)
         for number, row in enumerate(experience.train):
             if row.get("label") is None:
-                raise BadInput(f"experience {experience.name!r}, row {number}: has no field 'label'; map it with stream.fields")
+                raise BadInput(
+                    f"experience {experience.name!r}, row {number}: has no field 'label'; map it with stream.fields"
+                )
             if str(row["label"]) not in names:
                 raise BadInput(
                     f"experience {experience.name!r}, row {number}: label {row['label']!r} is not among its classes "

@@ -13,7 +13,7 @@ from .state import load_optimizer_state, optimizer_state
 
 
 def rate_factor(training: TrainingConfig, step: int, total: int) -> float:
-    """Learning-rate factor in [0, 1] of 0-based `step` of `total`: linear warm-up, then constant, linear or cosine to 0."""
+    """Learning-rate factor in [0, 1] of 0-based `step` of `total`: linear warm-up, then constant, linear or cosine."""
     if step < training.warmup_steps:
         return (step + 1) / training.warmup_steps
     if training.lr_scheduler == "constant":

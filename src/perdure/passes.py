@@ -49,9 +49,9 @@ class Passes:
 
     @property
     def caches_features(self) -> bool:
-        return all(method.frozen_features for method in self.methods) and not any(
-            "rehearsal" in method.needs for method in self.methods
-        )
+        if self.head is None or any("rehearsal" in method.needs for method in self.methods):
+            return False
+        return all(method.frozen_features for method in self.methods)
 
     def batches(
         self, rows: Rows, labels: dict[str, int] | None = None, *, by_length: bool = False, unlabelled: bool = False

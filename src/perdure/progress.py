@@ -60,8 +60,9 @@ class Progress:
     def step(self, done: int, total: int, note: str | None = None) -> None:
         """`done` of `total` units of the present work are done."""
         if self._bars is not None and self._task is not None:
-            shown = {} if note is None else {"note": note}
-            self._bars.update(self._task, completed=done, total=total, **shown)
+            self._bars.update(self._task, completed=done, total=total)
+            if note is not None:
+                self._bars.update(self._task, note=note)
         elif self.enabled and time.monotonic() - self._told >= QUIET_SECONDS:
             self._told = time.monotonic()
             self.message(f"  {self._name}: {done}/{total}" + (f", {note}" if note else ""))

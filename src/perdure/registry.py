@@ -7,12 +7,13 @@ A plug-in is a class in a module of `perdure.methods` (or `heads`, `objectives`)
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,12 @@ from pydantic import ValidationError
 from .errors import BadInput
 
 T = TypeVar("T", bound=type)
+
+
+@functools.cache
+def _entry_points() -> EntryPoints:
+    """Those of all installed packages; reading them takes longer than reading our own plug-ins."""
+    return entry_points()
 
 
 class Registry:
@@ -61,7 +68,7 @@ class Registry:
         for module in pkgutil.iter_modules(package.__path__):
             if not module.name.startswith("_"):
                 importlib.import_module(f"perdure.{self.kind}.{module.name}")
-        for point in entry_points(group=f"perdure.{self.kind}"):
+        for point in _entry_points().select(group=f"perdure.{self.kind}"):
             point.load()
 
     def names(self) -> list[str]:

@@ -53,7 +53,7 @@ from .streams import Experience, Stream, build_stream
 
 __all__ = ["PROBE_ROWS", "Run", "read_report", "run_recipe", "undo"]
 
-PROBE_ROWS = 64
+PROBE_ROWS = 32
 """Rows of each experience on which drift and routing are measured."""
 
 

@@ -59,7 +59,8 @@ def undo(folder: str | Path, to: int | None = None) -> int:
         if to is None:
             position = store.load().values["position"]
             # In the middle of an experience it is that one which is taken back, at a boundary the one before.
-            to = position["experience"] - (not (position["phase"] == "train" and position["step"]))
+            begun = position["phase"] == "train" and position["step"] > 0
+            to = int(position["experience"]) - (0 if begun else 1)
             if to < 0:
                 raise BadInput(f"{folder}: nothing was learnt yet, so there is nothing to undo")
         if to not in kept:

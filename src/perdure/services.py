@@ -33,7 +33,7 @@ _SAME_INPUT = {"query": "attention", "key": "attention", "value": "attention", "
 
 
 def input_key(site: Site) -> tuple[Any, ...]:
-    """Equal for sites of one block that read the same tensor: query, key and value; both inputs of a gated feed-forward."""
+    """Equal for sites of a block that read one tensor: query, key, value; both inputs of a gated feed-forward."""
     shared = _SAME_INPUT.get(site.role)
     return (site.tower, site.layer, shared) if shared else (site.tower, site.layer, site.path)
 
@@ -124,9 +124,7 @@ class Services:
             return batch
         labels = loop.labels if loop.head is not None else None
         seeds = [derived_seed(loop.seed, "rehearsed", loop.counters.steps, rank, n) for n in range(len(mine))]
-        more = make_batch(
-            loop.objective, loop.processor, mine, labels, [-1] * len(mine), training=True, seeds=seeds
-        )
+        more = make_batch(loop.objective, loop.processor, mine, labels, [-1] * len(mine), training=True, seeds=seeds)
         pad = pad_id(tokenizer_of(loop.processor)) if "input_ids" in more.inputs else 0
         old = len(batch)
         before = batch.rehearsed if batch.rehearsed is not None else torch.zeros(old, dtype=torch.bool)
@@ -209,7 +207,9 @@ class Services:
         finally:
             for (_, parameter), wanted in zip(named, asked, strict=True):
                 parameter.requires_grad_(wanted)
-        return {name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in zip(named, found, strict=True)}
+        return {
+            name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in zip(named, found, strict=True)
+        }
 
     def _seen_classes(self, output: Output) -> Tensor | None:
         """Heads may have rows for classes that were only declared; these never compete here."""
@@ -228,7 +228,9 @@ class Services:
 
         loop = self._loop
         if loop.head is None:
-            raise BadInput(f"class_statistics: objective {loop.objective.name!r} has no classes; use it for classification")
+            raise BadInput(
+                f"class_statistics: objective {loop.objective.name!r} has no classes; use it for classification"
+            )
         features, labels = [], []
         with quiet(loop.model), torch.no_grad():
             for batch in loop.batches(rows):
@@ -269,7 +271,10 @@ class Services:
         return self._previous_learnt if self._previous is not None else ({}, None)
 
     def load_previous_state(
-        self, tensors: dict[str, Tensor], values: dict[str, Any] | None, load: Callable[[dict[str, Tensor], dict[str, Any]], None]
+        self,
+        tensors: dict[str, Tensor],
+        values: dict[str, Any] | None,
+        load: Callable[[dict[str, Tensor], dict[str, Any]], None],
     ) -> None:
         """Builds the old model again: `load` puts its state into the live one, which is then copied."""
         if values is not None:

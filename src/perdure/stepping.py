@@ -279,7 +279,7 @@ class Stepping(Passes):
 
     # ---- values that are not finite
     def _refuse_non_finite(self, value: Tensor, what: str, log: dict[str, Tensor]) -> None:
-        """On an accelerator each look stalls the device: there it is taken on logged steps, before saves and at the end."""
+        """Each look stalls an accelerator: there it is taken on logged steps, before saves and at the end."""
         finite = torch.isfinite(value.detach())
         self._finite = finite if self._finite is None else self._finite & finite
         if self.device.type == "cpu" or self.counters.steps % self.training.logging_steps == 0:

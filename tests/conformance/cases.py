@@ -1,12 +1,13 @@
 """Tiny hosts, streams and method settings that every check of the battery runs on.
 
-A method joins the battery by standing in `perdure.methods`; it needs a line here only where its defaults are too large for
-a tiny host, or where it cannot run alone.
+A method joins the battery by standing in `perdure.methods`; it needs a line here only where its defaults are too large
+for a tiny host, or where it cannot run alone.
 """
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ SETTINGS: dict[str, Any] = {
     "er": {"er": {"budget": 12, "per_step": 4}},
     "joint": [{"lora": {"rank": 2}}, "joint"],
 }
+# nothing trains before the last experience, or ever: there is no state from the middle of the second
+WITHOUT_A_MIDDLE = ("joint", "frozen")
 # further settings of a method that are conformance cases of their own
 VARIANTS: dict[str, Any] = {
     "moram-protected": {"moram": {"rank": 2, "top_k": 2, "protect": {"inputs": 0.5}}},
@@ -39,7 +42,13 @@ def build_host(name: str, dtype: torch.dtype = torch.float32, dropout: float = 0
     import transformers as t
 
     torch.manual_seed(11)
-    text = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     if name == "bert":
         model: Any = t.BertModel(
             t.BertConfig(
@@ -49,7 +58,8 @@ def build_host(name: str, dtype: torch.dtype = torch.float32, dropout: float = 0
         )
     elif name == "vit":
         config = t.ViTConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8,
+            patch_size=4,
             hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
         )  # fmt: skip
         model = t.ViTModel(config, add_pooling_layer=False)
@@ -82,14 +92,18 @@ def experiences(host: str, count: int = 3, rows: int = 12) -> list[Experience]:
     made = []
     for index in range(count):
         every = [_row(host, index * 2 + number % 2, draw) for number in range(rows + 6)]
-        made.append(
-            Experience(index, f"e{index}", train=every[:rows], test=every[rows:], last=index == count - 1)
-        )
+        made.append(Experience(index, f"e{index}", train=every[:rows], test=every[rows:], last=index == count - 1))
     return made
 
 
 def build_learner(
-    host: str, method: Any, *, dtype: torch.dtype = torch.float32, dropout: float = 0.0, head: Any = None, **training: Any
+    host: str,
+    method: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    dropout: float = 0.0,
+    head: Any = None,
+    **training: Any,
 ) -> Learner:
     model, processor = build_host(host, dtype, dropout)
     limit = {"bert": {"max_length": 32}, "vit": {}}.get(host, {"block_size": 32})
@@ -104,6 +118,30 @@ def build_learner(
     )  # fmt: skip
 
 
+def build_a_report(learner: Learner, matrix: list[list[float | None]], folder: Path) -> None:
+    """report.json and report.html of what this learner has learnt."""
+    from perdure.report.build import build_report, read_report, write_json
+    from perdure.report.html import render_run
+
+    settings = learner.settings()
+    report = build_report(
+        name="battery", method="+".join(m.name for m in learner.methods),
+        head=learner.head.name if learner.head else None,
+        model="tiny", stream="tiny", objective=learner.objective.name, metric=learner.objective.metric,
+        higher_is_better=learner.objective.higher_is_better, seed=learner.seed, protocol=settings["protocol"],
+        training=settings["training"], details={
+            "method": [{**facts, "config": m.config.model_dump(mode="json")}
+                       for facts, m in zip(learner.describe()["details"], learner.methods, strict=True)],
+            "head": settings["head"],
+        },
+        matrix=matrix, baseline=None, status="complete", router=learner.services.router_log.summary(),
+        cost={"seconds": learner.counters.seconds, "trainable_parameters": learner.trainable_parameters(),
+              "stored_bytes": learner.stored_bytes()},
+    )  # fmt: skip
+    write_json(folder / "report.json", report)
+    render_run(read_report(folder / "report.json"), folder / "report.html")
+
+
 def outputs(learner: Learner, made: list[Experience]) -> torch.Tensor:
     """Logits of the test rows of all experiences, in evaluation mode, flattened."""
     parts = []
@@ -114,3 +152,22 @@ def outputs(learner: Learner, made: list[Experience]) -> torch.Tensor:
                 assert logits is not None
                 parts.append(logits.double().flatten())
     return torch.cat(parts)
+
+
+# methods that need an objective with the model's own head
+NEEDS_OWN_HEAD = ("frozen",)
+
+
+def all_specs() -> dict[str, Any]:
+    """Every registered method and variant, by the name the battery calls it."""
+    from perdure.registry import METHODS
+
+    return {name: SETTINGS.get(name, name) for name in METHODS.names()} | VARIANTS
+
+
+def without_dropout(spec: Any) -> Any:
+    if isinstance(spec, list):
+        return [without_dropout(one) for one in spec]
+    if not isinstance(spec, dict):
+        return spec
+    return {name: {k: v for k, v in settings.items() if k != "dropout"} for name, settings in spec.items()}

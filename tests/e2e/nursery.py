@@ -152,16 +152,13 @@ def serve() -> None:
     torch.set_num_threads(1)
     import transformers
 
-    import perdure.comparison
-    import perdure.report.build
-    import perdure.report.html
-    import perdure.report.terminal
-    import perdure.run
+    from perdure import comparison, run
     from perdure.models import load_model
     from perdure.registry import HEADS, METHODS, OBJECTIVES
+    from perdure.report import build, html, terminal
     from perdure.state import environment
 
-    del transformers
+    del transformers, comparison, run, build, html, terminal  # only to be warm
     for registry in (METHODS, HEADS, OBJECTIVES):
         registry.names()
     load_model({"scratch": {"family": "bert", "layers": 1, "width": 8, "heads": 1}})

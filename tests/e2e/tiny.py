@@ -15,7 +15,7 @@ from perdure.state import StateStore
 WORDS = ["ash", "birch", "cedar", "elm", "fir", "oak", "pine", "yew"]
 MODEL = {"scratch": {"family": "bert", "layers": 1, "width": 16, "heads": 2, "ffn_width": 32, "max_length": 32}}
 MORAM = {"rank": 2, "top_k": 2, "targets": "attention", "dropout": 0.1}
-# name -> (method, head)
+# name -> (method, head); those that end in -lm learn language under a change of domain
 ARMS: dict[str, tuple[Any, Any]] = {
     "finetune": ("finetune", "cosine"),
     "linear_probe": ("linear_probe", "cosine"),
@@ -26,6 +26,8 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "moram": ({"moram": MORAM}, "cosine"),
     "moram-protected+ridge": ({"moram": {**MORAM, "protect": {"inputs": 0.5}}}, {"ridge": {"features": 32}}),
     "moram+er": ([{"moram": MORAM}, {"er": {"budget": 9, "per_step": 3}}], "cosine"),
+    "frozen-lm": ("frozen", None),
+    "moram-lm": ({"moram": MORAM}, None),
 }
 
 
@@ -66,7 +68,7 @@ def settings(folder: Path, method: Any = "moram", head: Any = None, **changes: A
         "protocol": {"rehearsal": 9, "evaluate": "seen_and_next"},
     }  # fmt: skip
     for key, value in changes.items():
-        made[key] = {**made[key], **value} if isinstance(made.get(key), dict) and key != "model" else value
+        made[key] = {**made[key], **value} if key in ("training", "protocol") else value
     return made
 
 
@@ -74,6 +76,27 @@ def write_recipe(folder: Path, method: Any = "moram", head: Any = None, **change
     path = folder / "tiny.yaml"
     path.write_text(yamltext.dump(settings(folder, method, head, **changes)), encoding="utf-8")
     return path
+
+
+def language(folder: Path) -> dict[str, Any]:
+    """Changes to `settings` for language modelling: two domains, each in files of its own."""
+    sources = []
+    for domain in range(2):
+        for name, number in (("train", 18), ("test", 4)):
+            every = [{"text": row["text"]} for row in rows(f"domain{domain}", number, len(name))]
+            write_rows(folder / f"{name}{domain}.jsonl", every)
+        sources.append({"path": str(folder / f"train{domain}.jsonl"), "test": str(folder / f"test{domain}.jsonl")})
+    model = {**MODEL["scratch"], "family": "gpt2", "dropout": 0.1}
+    return {
+        "model": {"scratch": model}, "stream": {"source": sources, "scenario": "domain_incremental"},
+        "objective": {"causal_lm": {"block_size": 32}},
+    }  # fmt: skip
+
+
+def write_arm(folder: Path, arm: str) -> Path:
+    """The recipe of one of `ARMS`."""
+    changes = language(folder) if arm.endswith("-lm") else {}
+    return write_recipe(folder, *ARMS[arm], **changes)
 
 
 # ---- what a run left

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from perdure.memory import AtomBank, Observation, RouterLog, Routing, is_observed, observing, read_atoms, report
+from perdure.memory import AtomBank, Observation, RouterLog, Routing, is_observed, observing, read_atoms, report, report_written
 
 
 def routing(indices, weights, size=4):
@@ -186,3 +186,16 @@ def test_two_threads_do_not_see_each_others_context():
         thread.start()
         thread.join()
     assert seen == [False]
+
+
+def test_the_size_of_what_is_added_is_averaged_over_real_tokens() -> None:
+    log = RouterLog(mask=torch.tensor([[True, True, False]]))
+    base = torch.tensor([[[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]]])
+    added = torch.tensor([[[0.0, 5.0], [1.0, 0.0], [9.0, 0.0]]])
+    with observing(log.add):
+        report_written("0.query", added, base)
+    report_written("0.query", added, base)  # nobody observes
+    assert log.summary()["0.query"]["output_ratio"] == pytest.approx((1.0 + 0.5) / 2)
+    again = RouterLog()
+    again.load_state_dict(*log.state_dict())
+    assert again.summary() == log.summary()

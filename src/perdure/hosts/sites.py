@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from ..memory.observe import is_observed, report_written
 from .roles import PREFIX
 
 _KEY = re.compile(r"[A-Za-z0-9_]+")
@@ -26,10 +27,14 @@ class _Add:
         self.name, self.out_slice = name, out_slice
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        delta = module._modules[self.name](args[0]).to(output.dtype)  # type: ignore[misc]
+        adapter = module._modules[self.name]
+        assert adapter is not None
+        delta = adapter(args[0]).to(output.dtype)
+        start, stop = self.out_slice or (0, output.shape[-1])
+        if is_observed():
+            report_written(getattr(adapter, "site", self.name), delta, output[..., start:stop])
         if self.out_slice is None:
             return output + delta
-        start, stop = self.out_slice
         changed = output[..., start:stop] + delta
         return torch.cat((output[..., :start], changed, output[..., stop:]), dim=-1)
 

@@ -3,7 +3,7 @@
 from .bank import SHARED, AtomBank, AtomView
 from .effects import choose_path, read_atoms
 from .merging import MergeReport, merge_duplicates
-from .observe import Observation, RouterLog, is_observed, observing, report
+from .observe import Observation, RouterLog, Written, is_observed, observing, report, report_written
 from .protect import InputMoments, free_directions, leading_basis, project
 from .routing import Routing, cosine, dot, effective_k, open_items, select, self_activation, weight
 
@@ -15,6 +15,7 @@ __all__ = [
     "MergeReport",
     "Observation",
     "RouterLog",
+    "Written",
     "Routing",
     "choose_path",
     "cosine",
@@ -29,6 +30,7 @@ __all__ = [
     "project",
     "read_atoms",
     "report",
+    "report_written",
     "select",
     "self_activation",
     "weight",

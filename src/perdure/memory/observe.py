@@ -32,11 +32,24 @@ class Observation(NamedTuple):
     frozen: int
 
 
-_observer: ContextVar[Callable[[Observation], None] | None] = ContextVar("perdure_observer", default=None)
+class Written(NamedTuple):
+    """How much an adapter adds to one module in one forward pass.
+
+    Attributes:
+        site: name of the layer.
+        ratio: ‖adapter output‖ / ‖module's own output‖ per token [...], detached.
+    """
+
+    site: str
+    ratio: Tensor
+
+
+Observer = Callable[["Observation | Written"], None]
+_observer: ContextVar[Observer | None] = ContextVar("perdure_observer", default=None)
 
 
 @contextmanager
-def observing(observer: Callable[[Observation], None]) -> Iterator[None]:
+def observing(observer: Observer) -> Iterator[None]:
     """Sends every report inside the block to `observer`. The innermost of nested contexts gets the reports."""
     token = _observer.set(observer)
     try:
@@ -55,6 +68,14 @@ def report(site: str, routing: Routing, frozen: int) -> None:
     observer = _observer.get()
     if observer is not None:
         observer(Observation(site, routing.detach(), frozen))
+
+
+def report_written(site: str, added: Tensor, base: Tensor) -> None:
+    """Hands the size of what an adapter adds [..., D], relative to the base output [..., D], to the observer."""
+    observer = _observer.get()
+    if observer is not None:
+        size = torch.linalg.vector_norm(added.detach().float(), dim=-1)
+        observer(Written(site, size / torch.linalg.vector_norm(base.detach().float(), dim=-1).clamp_min(1e-12)))
 
 
 _SUMS = ("tokens", "slots", "new_slots", "new_weight", "mass", "off", "on", "effective", "top", "open")
@@ -83,30 +104,41 @@ class RouterLog:
 
     mask: Tensor | None = None
     _sites: dict[str, _Site] = field(default_factory=dict, repr=False)
+    _written: dict[str, Tensor] = field(default_factory=dict, repr=False)  # float64 [2]: sum of ratios, tokens
 
-    def __call__(self, observation: Observation) -> None:
+    def __call__(self, observation: Observation | Written) -> None:
         self.add(observation)
 
     def reset(self) -> None:
         self._sites.clear()
+        self._written.clear()
 
-    def _token_weights(self, routing: Routing, state: _Site) -> Tensor:
-        leading = routing.indices.shape[:-1]
-        ones = torch.ones(leading, dtype=torch.float64, device=routing.indices.device).reshape(-1)
-        if self.mask is None:
+    def _fits(self, leading: torch.Size) -> bool:
+        mask = self.mask
+        return mask is None or leading == mask.shape or (len(leading) == 1 and leading[0] == mask.numel())
+
+    def _token_weights(self, leading: torch.Size, device: torch.device) -> Tensor:
+        ones = torch.ones(leading, dtype=torch.float64, device=device).reshape(-1)
+        if self.mask is None or not self._fits(leading):
             return ones
-        if leading == self.mask.shape or (len(leading) == 1 and leading[0] == self.mask.numel()):
-            return ones * self.mask.to(ones.device).reshape(-1).to(torch.float64)
-        state.unmasked += 1
-        return ones
+        return ones * self.mask.to(device).reshape(-1).to(torch.float64)
+
+    def _add_written(self, written: Written) -> None:
+        tokens = self._token_weights(written.ratio.shape, written.ratio.device)
+        sums = torch.stack([(written.ratio.reshape(-1).double() * tokens).sum(), tokens.sum()])
+        before = self._written.get(written.site)
+        self._written[written.site] = sums if before is None else before + sums
 
     @torch.no_grad()
-    def add(self, observation: Observation) -> None:
+    def add(self, observation: Observation | Written) -> None:
         """Counts one observation.
 
         Raises:
             ValueError: the site's bank has fewer items than before, so that item numbers no longer agree.
         """
+        if isinstance(observation, Written):
+            self._add_written(observation)
+            return
         site, routing, frozen = observation
         device = routing.indices.device
         state = self._sites.get(site)
@@ -123,7 +155,9 @@ class RouterLog:
             state.usage = torch.cat([state.usage, state.usage.new_zeros(routing.size - state.usage.numel())])
         state.calls += 1
         state.frozen = frozen
-        tokens = self._token_weights(routing, state)
+        leading = routing.indices.shape[:-1]
+        state.unmasked += not self._fits(leading)
+        tokens = self._token_weights(leading, device)
         k = routing.indices.shape[-1]
         indices = routing.indices.reshape(tokens.numel(), k)
         weights = routing.weights.reshape(tokens.numel(), k).to(torch.float64)
@@ -151,6 +185,7 @@ class RouterLog:
         tensors = {}
         for site, state in self._sites.items():
             tensors |= {f"{site}/sums": state.sums.clone(), f"{site}/usage": state.usage.clone()}
+        tensors |= {f"{site}/written": sums.clone() for site, sums in self._written.items()}
         return tensors, {
             s: {"frozen": o.frozen, "calls": o.calls, "unmasked": o.unmasked} for s, o in self._sites.items()
         }
@@ -161,6 +196,8 @@ class RouterLog:
             site: _Site(tensors[f"{site}/sums"].clone(), tensors[f"{site}/usage"].clone(), **counts)
             for site, counts in values.items()
         }
+        end = "/written"
+        self._written = {name[: -len(end)]: sums.clone() for name, sums in tensors.items() if name.endswith(end)}
 
     @property
     def sites(self) -> list[str]:
@@ -172,7 +209,8 @@ class RouterLog:
         Keys: `tokens`; `new_share`, share of selected slots won by new items; `new_weight_share`, their share of the
         weight; `off_rate`, share of tokens with no item open; `effective_atoms`, (sum w)^2 / sum w^2 over tokens
         with an open item; `top1_weight`; `open_atoms`, items with weight above 0; `mass`, sum of the weights;
-        `used_share`, share of items used at least once; `items`, `new_items`; `calls`, `unmasked_calls`.
+        `used_share`, share of items used at least once; `items`, `new_items`; `calls`, `unmasked_calls`;
+        `output_ratio`, mean of ‖adapter output‖ / ‖base output‖, where a layer reports it.
         """
         result = {}
         for name, state in self._sites.items():
@@ -198,4 +236,7 @@ class RouterLog:
                 "calls": float(state.calls),
                 "unmasked_calls": float(state.unmasked),
             }
+        for name, sums in self._written.items():
+            summed, tokens = sums.tolist()
+            result.setdefault(name, {})["output_ratio"] = summed / tokens if tokens else 0.0
         return result

@@ -37,6 +37,7 @@ class Method:
             "old_model", "input_statistics", "gradients", "all_data".
         adapts: True if the method brings trainable parameters beside or inside the host. If no method of a
             list adapts, the loop trains the whole model as `finetune` does.
+        learns: False for a baseline that is meant to learn nothing.
         frozen_features: True if the host's features never change, so that they may be computed once and cached.
         keeps_output: True if attaching leaves the host's outputs unchanged until something is learnt.
         removal: what taking one experience back means (DESIGN decision 10).
@@ -54,6 +55,7 @@ class Method:
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     needs: ClassVar[frozenset[str]] = frozenset()
     adapts: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
     frozen_features: ClassVar[bool] = False
     keeps_output: ClassVar[bool] = True
     removal: ClassVar[Literal["exact", "structural", "rollback"]] = "rollback"

@@ -24,6 +24,7 @@ class Frozen(Method):
         pass
 
     frozen_features = True
+    learns = False
     status = "verified"
 
     def attach(self, host: Host) -> None:

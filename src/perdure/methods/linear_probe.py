@@ -1,7 +1,7 @@
 """Frozen features and a head: the strongest simple rival of every adapter on a good backbone.
 
 Nothing of the host trains; its features are computed once per experience and cached. With the `ridge` head nothing
-trains by gradient at all. Stored: the head. Cost per token: one forward pass of the host. Removal: as the head allows.
+trains by gradient at all. Stored: the head. Cost per token: one forward pass of the host. Removal: rollback.
 """
 
 from __future__ import annotations

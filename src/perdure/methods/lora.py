@@ -1,17 +1,18 @@
 """Sequential LoRA: one adapter, trained on every experience in turn (SeqLoRA).
 
 Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models": y = W0 x + (alpha / r) B A x, A Kaiming-uniform,
-B zero. The adapter is PEFT's own, injected into the user's model. Settings of published continual runs:
-`specs` of MoRAM's TRACE comparison use r 8, alpha 32, dropout .1 on q and v.
+B zero. The adapter is PEFT's own, injected into the user's model. The SeqLoRA rows of MoRAM's TRACE comparison use r 8,
+alpha 32, dropout .1 on q and v.
 
 | symbol | attribute |
 |---|---|
 | A [r, d_in] | `lora_A`, the down-projection |
 | B [d_out, r] | `lora_B`, the up-projection |
 
-With `protect`, rows of A are confined to the null space of old layer inputs after every update (the control for MoRAM
-with protected keys: projection without routing). With `first_only` the adapter learns the first experience and then
-stands still, which with the ridge head is the shape of RanPAC's first-session adaptation.
+With `grow`, every experience gets an A and a B of its own and the old ones stand still: y = W0 x + Σ_t (alpha / r) B_t A_t x.
+`protect` implies it and confines the rows of the new A to the null space of old layer inputs after every update: the
+control for MoRAM with protected keys, projection without routing. With `first_only` the adapter learns the first
+experience and then stands still, which with the ridge head is the shape of RanPAC's first-session adaptation.
 
 Stored: A and B of every adapted layer (with `protect` also second moments of layer inputs). Cost per token and layer:
 r (d_in + d_out) multiply-adds. Removal: rollback; the adapter has no single owner.
@@ -48,63 +49,92 @@ class LoRA(Method):
         layers: list[int] | None = None
         first_only: bool = False
         """Train on the first experience only."""
+        grow: bool = False
+        """A new A and B for every experience, the old ones frozen."""
         protect: ProtectConfig | None = None
+        """Confine new down-projections to the null space of old layer inputs; implies `grow`."""
 
     adapts = True
     status = "verified"
 
     def attach(self, host: Host) -> None:
+        config = self.config
+        self._host = host
+        self._sites = host.sites(config.targets, layers=config.layers)
+        modules = {site.path: site.module for site in self._sites}
+        self._originals: list[tuple[nn.Module, str, nn.Module]] = []
+        for path, module in modules.items():
+            parent, _, leaf = path.rpartition(".")
+            self._originals.append((host.model.get_submodule(parent), leaf, module))
+        self._paths = list(modules)
+        self._adapters: list[str] = []
+        self._add_adapter()
+        self._protection = InputProtection(self, config.protect) if config.protect else None
+
+    @property
+    def _grows(self) -> bool:
+        return self.config.grow or self.config.protect is not None
+
+    def _add_adapter(self) -> None:
+        """Injects one more PEFT adapter; all are active, only the newest trains."""
         from peft import LoraConfig, inject_adapter_in_model
 
         config = self.config
-        self._sites = host.sites(config.targets, layers=config.layers)
-        paths = list(dict.fromkeys(site.path for site in self._sites))
-        modules = {site.path: site.module for site in self._sites}
-        self._originals: list[tuple[nn.Module, str, nn.Module]] = []
-        for path in paths:
-            parent, _, leaf = path.rpartition(".")
-            self._originals.append((host.model.get_submodule(parent), leaf, modules[path]))
-        fan_in_fan_out = any(site.transposed for site in self._sites)
+        self._forget_peft()
+        self._adapters.append(f"perdure{len(self._adapters)}")
         inject_adapter_in_model(
             LoraConfig(
-                r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=paths,
-                fan_in_fan_out=fan_in_fan_out,
+                r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=self._paths,
+                fan_in_fan_out=any(site.transposed for site in self._sites),
             ),
-            host.model,
-            adapter_name="perdure",
+            self._host.model,
+            adapter_name=self._adapters[-1],
         )  # fmt: skip
-        self._layers: dict[str, Any] = {path: host.model.get_submodule(path) for path in paths}
+        self._layers: dict[str, Any] = {path: self._host.model.get_submodule(path) for path in self._paths}
         wrong = [path for path, layer in self._layers.items() if not hasattr(layer, "lora_A")]
         if wrong:
+            self.detach(self._host)
             raise BadInput(f"method.lora.targets: PEFT did not adapt {', '.join(wrong)}; choose other roles")
-        self._protection = InputProtection(self, config.protect) if config.protect else None
+        for layer in self._layers.values():
+            layer.set_adapter(self._adapters)
+        for _, parameter in self._named():
+            parameter.requires_grad_(False)  # the loop switches on what trains
 
     def detach(self, host: Host) -> None:
         for parent, leaf, module in self._originals:
             setattr(parent, leaf, module)
-        if hasattr(host.model, "peft_config"):
-            del host.model.peft_config
+        self._forget_peft()
 
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
+    def _forget_peft(self) -> None:
+        """PEFT's note on the model belongs to its own loading and saving, and warns at a second adapter."""
+        if hasattr(self._host.model, "peft_config"):
+            del self._host.model.peft_config
+
+    def _named(self, adapters: list[str] | None = None) -> list[tuple[str, nn.Parameter]]:
         named = []
-        for path, layer in self._layers.items():
-            named.append((f"{path}.A", layer.lora_A["perdure"].weight))
-            named.append((f"{path}.B", layer.lora_B["perdure"].weight))
+        for number, adapter in enumerate(self._adapters):
+            if adapters is not None and adapter not in adapters:
+                continue
+            for path, layer in self._layers.items():
+                named.append((f"{number}/{path}.A", layer.lora_A[adapter].weight))
+                named.append((f"{number}/{path}.B", layer.lora_B[adapter].weight))
         return named
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         if self.config.first_only and self.loop.experiences_learnt > 0:
             return []
-        return [{"params": self._named()}]
+        return [{"params": self._named(self._adapters[-1:])}]
 
     def _downs(self) -> dict[str, nn.Parameter]:
         by_path = {site.path: site.name for site in self._sites}
-        return {by_path[path]: layer.lora_A["perdure"].weight for path, layer in self._layers.items()}
+        newest = self._adapters[-1]
+        return {by_path[path]: layer.lora_A[newest].weight for path, layer in self._layers.items()}
 
     def before_experience(self, experience: Experience) -> None:
-        for field in ("protect", "first_only"):
-            if getattr(self.config, field) and not self.loop.knows_boundaries:
-                raise BadInput(f"method.lora.{field}: needs boundaries between experiences; remove it")
+        if self._grows and self.loop.experiences_learnt > 0:
+            for _, parameter in self._named():
+                parameter.requires_grad_(False)
+            self._add_adapter()
         if self._protection:
             self._protection.project(self._downs())
 
@@ -118,12 +148,14 @@ class LoRA(Method):
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = super().state_dict()
-        return tensors | {name: p.detach() for name, p in self._named()}, values
+        return tensors | {name: p.detach() for name, p in self._named()}, values | {"adapters": len(self._adapters)}
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         import torch
 
         super().load_state_dict(tensors, values)
+        while len(self._adapters) < values["adapters"]:
+            self._add_adapter()
         with torch.no_grad():
             for name, parameter in self._named():
                 parameter.copy_(tensors[name])

@@ -18,7 +18,7 @@ r new atoms per experience: keys U(−1/√d_in, 1/√d_in), values zero; old at
 | r, k, τ, δ | `rank`, `top_k`, `temperature`, `threshold` |
 | eps | `eps` |
 
-Stored: 2 · N · (d_in + d_out) / 2 numbers a layer, growing by r atoms an experience; with `protect` also second moments of
+Stored: N · (d_in + d_out) numbers a layer, growing by r atoms an experience; with `protect` also second moments of
 layer inputs. Cost per token and layer: N · d_in for the scores and k · d_out for the values. Removal: structural
 (`forget` drops the atoms of one write; later atoms were learnt in their presence).
 
@@ -145,7 +145,10 @@ class MoRAM(Method):
             self.loop.parameters_changed()
 
     def after_experience(self, experience: Experience) -> None:
-        for memory in self.memories.values():
+        log = self.loop.router_log
+        for name, memory in self.memories.items():
+            if name in log.sites:  # counted on the logged steps of this experience
+                memory.bank.add_usage(log.usage(name))
             memory.freeze()
         if self._protection and not experience.last:
             self._protection.observe(self._sites, experience.train)

@@ -1,0 +1,59 @@
+"""Learns every method in however many processes there are and writes what came out. Run by `torchrun` and without.
+
+    python -m tests.conformance.two_processes RESULTS
+
+float64, no dropout, a global batch of 4 and a last batch of 3 rows, which two processes share as 2 and 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from . import cases
+
+GLOBAL_BATCH, ROWS = 4, 7
+CASES: dict[str, tuple[str, Any]] = {
+    f"{name}/bert": ("bert", spec) for name, spec in cases.all_specs().items() if name not in cases.NEEDS_OWN_HEAD
+} | {f"{name}/gpt2": ("gpt2", cases.all_specs()[name]) for name in ("finetune", "moram", "moram+er")}
+CASES["moram+ridge/bert"] = ("bert", cases.all_specs()["moram"])
+
+
+def learn(name: str, processes: int) -> dict[str, Any]:
+    host, spec = CASES[name]
+    made = cases.experiences(host, 2, rows=ROWS)
+    head = {"ridge": {"features": 16}} if "ridge" in name else None
+    learner = cases.build_learner(
+        host, cases.without_dropout(spec), dtype=torch.float64, head=head, optimizer="sgd", learning_rate=0.02,
+        epochs=1,
+        per_device_train_batch_size=GLOBAL_BATCH // processes, logging_steps=1,
+    )  # fmt: skip
+    assert learner.accelerator.num_processes == processes, learner.accelerator.num_processes
+    losses: list[float] = []
+    for experience in made:
+        learner.learn(experience, on_step=lambda _, seen: losses.extend(seen.values()))
+    logits = cases.outputs(learner, made)
+    return {"losses": losses, "logits": logits.tolist(), "samples": [learner.counters.samples]}
+
+
+def main() -> None:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    found = {name: learn(name, processes) for name in CASES}
+    save_file(
+        {
+            f"{name}/{what}": torch.tensor(values, dtype=torch.float64)
+            for name in found
+            for what, values in found[name].items()
+        },
+        f"{sys.argv[1]}.{os.environ.get('RANK', '0')}",
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
