@@ -23,7 +23,7 @@ from perdure.recipe import Recipe, load_recipe
 from perdure.registry import OBJECTIVES
 from perdure.streams import build_stream
 
-RATES = (3e-5, 1e-4, 5e-4, 3e-3)
+RATES = (1e-4, 5e-4, 3e-3)
 HEAD_RATES = (3e-3, 1e-2)
 
 

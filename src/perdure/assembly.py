@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from .attachment import build_methods
-from .config import ProtocolConfig, TrainingConfig
-from .errors import BadInput, ProtocolRefused
+from .config import ProtocolConfig
+from .errors import BadInput
 from .loading import derived_seed
 from .methods import Method
+from .protocol import check_list
 from .registry import HEADS, explain
 
 if TYPE_CHECKING:
@@ -28,10 +29,7 @@ def complete_methods(spec: Any) -> list[Method]:
     methods = build_methods(spec)
     if not any(method.adapts or method.frozen_features for method in methods):
         methods = [*build_methods("finetune"), *methods]
-    for what in ("criterion", "predict"):
-        owners = [method.name for method in methods if getattr(method, what) is not None]
-        if len(owners) > 1:
-            raise BadInput(f"method: {' and '.join(owners)} both own the {what}; keep one of them")
+    check_list(methods)
     return methods
 
 
@@ -42,31 +40,6 @@ def settings_of(value: Any, model: Any, name: str) -> Any:
         return model(**(value or {}))
     except ValidationError as error:
         raise BadInput(explain(error, name, model)) from None
-
-
-def check_protocol(methods: list[Method], protocol: ProtocolConfig, training: TrainingConfig) -> None:
-    """Refuses methods that need more than the protocol grants.
-
-    Raises:
-        ProtocolRefused: names the method, what it needs and how to grant it.
-    """
-    for method in methods:
-        if "task_id" in method.needs and protocol.task_id == "none":
-            raise ProtocolRefused(f"method {method.name!r} needs the task id; set protocol.task_id: train or test")
-        boundaries = {"boundaries", "old_model", "all_data"} & method.needs
-        if boundaries and protocol.boundaries == "none":
-            raise ProtocolRefused(f"method {method.name!r} needs boundaries; set protocol.boundaries: train")
-        wanted = method.requires_rehearsal()
-        if wanted > protocol.rehearsal:
-            raise ProtocolRefused(
-                f"method {method.name!r} stores {wanted} samples, the protocol grants {protocol.rehearsal}; "
-                f"set protocol.rehearsal: {wanted} or a smaller budget"
-            )
-    if protocol.passes is not None and training.epochs > protocol.passes:
-        raise ProtocolRefused(
-            f"training.epochs is {training.epochs}, the protocol grants {protocol.passes} pass(es); "
-            "lower training.epochs or raise protocol.passes"
-        )
 
 
 def check_combination(

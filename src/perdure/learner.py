@@ -17,6 +17,7 @@ from .errors import BadInput
 from .heads import Head
 from .loading import derived_seed
 from .loop import Loop
+from .memory.observe import RouterLog
 from .streams.experience import Experience
 
 PORTABLE = "perdure.json"
@@ -136,6 +137,13 @@ class Learner(Loop):
                 for batch in self.batches(rows, unlabelled=True)
             ]
         return torch.cat(parts)
+
+    def observe(self, rows: Rows, log: RouterLog) -> None:
+        """Adds to `log` how the memories answer rows (no labels needed), in evaluation mode."""
+        with quiet(self.model), torch.no_grad():
+            for batch in self.batches(rows, unlabelled=True):
+                with self.autocast(), self.observing(batch, log):
+                    self.objective.forward(self.model, None, batch, self.pooling)
 
     def partial_fit(self, rows: Sequence[Row]) -> Learner:
         """Learns rows that just arrived: one pass in batches. With `protocol.boundaries: none` the optimizer goes on

@@ -1,4 +1,4 @@
-"""The only training loop. It owns the step; methods return losses (DESIGN decision 1)."""
+"""The only training loop. It owns the step; methods return losses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from .assembly import (
     build_auxiliary_head,
     build_head,
     check_combination,
-    check_protocol,
     complete_methods,
     settings_of,
 )
@@ -25,6 +24,7 @@ from .data import Batch, Output, Rows
 from .errors import BadInput
 from .hosts import Host
 from .loading import Granted, Plan, derived_seed
+from .protocol import check_granted
 from .registry import OBJECTIVES
 from .replay import ReplayBuffer
 from .services import Services
@@ -88,7 +88,7 @@ class Loop(Stepping):
         self.objective = OBJECTIVES.get(name)(config)
         self.objective.check_model(model, processor)
         self.methods = complete_methods(method)
-        check_protocol(self.methods, self.protocol, self.training)
+        check_granted(self.methods, self.protocol, self.training)
         check_combination(self.methods, self.objective, self.protocol, classes)
         self.model, self.processor, self.seed = model, processor, seed
         self.host = Host.of(model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .bookkeeping import Unlearnt, quiet
 from .data import Batch, Rows
 from .loading import make_batch, take
-from .memory.observe import observing
+from .memory.observe import RouterLog, observing
 
 if TYPE_CHECKING:
     from .config import ProtocolConfig, TrainingConfig
@@ -89,9 +89,11 @@ class Passes:
         self._features.pop((experience.hash, "train"), None)
 
     @contextmanager
-    def observing(self, batch: Batch) -> Iterator[None]:
-        self.services.router_log.mask = batch.inputs.get("attention_mask")
-        with observing(self.services.router_log.add):
+    def observing(self, batch: Batch, log: RouterLog | None = None) -> Iterator[None]:
+        """Adds the routing of the passes inside to `log`, the loop's own when absent; padding does not count."""
+        log = log or self.services.router_log
+        log.mask = batch.inputs.get("attention_mask")
+        with observing(log.add):
             yield
 
     def autocast(self) -> Any:

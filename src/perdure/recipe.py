@@ -17,8 +17,9 @@ from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, Validati
 
 from . import yamltext
 from .config import ProtocolConfig, Strict, TrainingConfig
-from .errors import BadInput, ProtocolRefused
+from .errors import BadInput
 from .models import ModelSource
+from .protocol import check_granted, check_list
 from .recipe_layers import BLOCKS, DEFAULTS, apply_arm, mark, set_value, split_override
 from .registry import METHODS, OBJECTIVES
 from .streams import StreamConfig
@@ -322,39 +323,10 @@ def _check_stream(recipe: Recipe) -> None:
 
 
 def check_methods(methods: Sequence[tuple[str, Any]], protocol: ProtocolConfig, training: TrainingConfig) -> None:
-    """Checks methods against each other and against the protocol.
-
-    Raises:
-        BadInput: a method stands twice, or two own the criterion or the prediction.
-        ProtocolRefused: something is needed that the protocol does not grant.
-    """
+    """Checks methods against each other and against the protocol: as `protocol.check_list` and `check_granted`."""
     built = [METHODS.get(name)(config) for name, config in methods]
-    names = [name for name, _ in methods]
-    for name in names:
-        if names.count(name) > 1:
-            raise BadInput(f"method: {name} stands {names.count(name)} times in the list; keep one")
-    for what in ("criterion", "predict"):
-        owners = [method.name for method in built if getattr(method, what) is not None]
-        if len(owners) > 1:
-            raise BadInput(f"method: {' and '.join(owners)} both own the {what}; keep one of them")
-    for method in built:
-        if "task_id" in method.needs and protocol.task_id == "none":
-            raise ProtocolRefused(f"protocol.task_id: is none, but {method.name} needs it; set it to train or test")
-        if "boundaries" in method.needs and protocol.boundaries == "none":
-            raise ProtocolRefused(f"protocol.boundaries: is none, but {method.name} needs them; set it to train")
-        wanted = method.requires_rehearsal()
-        if wanted > protocol.rehearsal:
-            raise ProtocolRefused(
-                f"protocol.rehearsal: grants {protocol.rehearsal} samples, but {method.name} stores {wanted}; "
-                f"raise it to {wanted} or lower the method's budget"
-            )
-        if "all_data" in method.needs and method.status != "upper bound":
-            raise ProtocolRefused(f"method: {method.name} needs all data at once, which only an upper bound may have")
-    if protocol.passes is not None and training.epochs > protocol.passes:
-        raise ProtocolRefused(
-            f"training.epochs: is {training.epochs}, but the protocol grants {protocol.passes} pass(es) over each "
-            "experience; lower it or raise protocol.passes"
-        )
+    check_list(built)
+    check_granted(built, protocol, training)
 
 
 # ---- what a recipe says

@@ -52,7 +52,7 @@ class Registry:
             known = self._classes.get(name)
             if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise BadInput(
-                    f"{self.word} {name!r} is registered twice: by {known.__module__} and by {cls.__module__}; rename one"
+                    f"{self.word} {name!r} is registered twice, by {known.__module__} and {cls.__module__}; rename one"
                 )
             cls.name = name  # type: ignore[attr-defined]
             self._classes[name] = cls

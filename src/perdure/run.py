@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import BadInput, DamagedState, ForgotTooMuch, Interrupted, NonFiniteLoss, ProtocolRefused
 from .evaluation.plasticity import feature_drift
 from .learner import Learner
-from .memory.observe import RouterLog, observing
+from .memory.observe import RouterLog
 from .models import load_model, model_name
 from .progress import Progress
 from .recipe import Recipe, resolved_yaml
@@ -355,13 +355,9 @@ class Run:
                     for index, before in sorted(self.probes.items())
                 ]
                 probe.drift = sum(moved) / len(moved) if moved else None
-            with observing(log.add) if observed else nullcontext():
-                probe.features = learner.features(rows)
-        elif observed:
-            with observing(log.add), torch.no_grad():
-                for batch in learner.batches(rows):
-                    learner.forward(batch)
+            probe.features = learner.features(rows)
         if observed:
+            learner.observe(rows, log)
             training, answers = learner.services.router_log.summary(), log.summary()
             probe.router = {
                 site: {**answers.get(site, {}), "new_share": facts["new_share"]} for site, facts in training.items()

@@ -66,7 +66,7 @@ def _plasticity(run: Run) -> dict[str, float]:
         found["feature_drift"] = measured[-1]
     if run.router_history:
         last = run.router_history[-1]
-        found |= {name: last[name] for name in ("off_rate", "new_share") if name in last}
+        found |= {name: last[name] for name in ("output_ratio", "off_rate", "new_share") if name in last}
     for method in run.learner.methods:
         found |= method.plasticity()
     return found

@@ -1,4 +1,4 @@
-"""What the loop offers to methods, so that none needs a loop of its own (DESIGN section 3, services)."""
+"""What the loop offers to methods, so that none needs a loop of its own."""
 
 from __future__ import annotations
 

@@ -67,6 +67,14 @@ def _float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
 _Dumper.add_representer(float, _float)
 
 
+def _text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    # Other styles fold or lose line breaks of any kind, in keys above all.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, None if value.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _text)
+
+
 def load(text: str, where: str) -> Any:
     """Parses YAML.
 

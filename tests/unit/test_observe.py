@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from perdure.memory import AtomBank, Observation, RouterLog, Routing, is_observed, observing, read_atoms, report, report_written
+from perdure.memory import (
+    AtomBank,
+    Observation,
+    RouterLog,
+    Routing,
+    is_observed,
+    observing,
+    read_atoms,
+    report,
+    report_written,
+)
 
 
 def routing(indices, weights, size=4):

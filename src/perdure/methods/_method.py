@@ -3,7 +3,8 @@
 The loop calls them in this order:
 `attach(host)` · `parameter_groups()` · `before_experience(exp)` · `sampler(exp)`, `transform(sample)` ·
 `before_step(batch)` · `criterion(batch, output)` · `losses(batch, output)` · `after_backward()` ·
-`after_update(before)` · `after_step()` · `after_experience(exp)` · `predict(batch, forward)` · `on_request(kind, payload)`.
+`after_update(before)` · `after_step()` · `after_experience(exp)` · `predict(batch, forward)` ·
+`on_request(kind, payload)`.
 
 A method never calls `backward`, `step` or `zero_grad`; what needs gradients outside the step asks `self.loop`.
 """
@@ -40,7 +41,7 @@ class Method:
         learns: False for a baseline that is meant to learn nothing.
         frozen_features: True if the host's features never change, so that they may be computed once and cached.
         keeps_output: True if attaching leaves the host's outputs unchanged until something is learnt.
-        removal: what taking one experience back means (DESIGN decision 10).
+        removal: what taking one experience back means.
         status: what is known about this implementation.
 
     Instance attributes:
@@ -117,7 +118,7 @@ class Method:
     """
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        """Scalars added to the objective's loss, each logged under its name: means over the batch, or independent of it."""
+        """Scalars added to the loss, each logged under its name: means over the batch, or independent of it."""
         return {}
 
     def after_backward(self) -> None:

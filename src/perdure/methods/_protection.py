@@ -2,7 +2,7 @@
 
 For each adapted layer the second moment S = Σ x xᵀ of the inputs of all past experiences is kept (no example is). Its
 leading eigenvectors M [d, m] up to a share of the energy span what old inputs look like; a key a is replaced by
-a − (a M) Mᵀ. The replacement happens after every update, so it is exact whatever the optimizer does (DESIGN decision 8).
+a − (a M) Mᵀ. The replacement happens after every update, so it is exact whatever the optimizer does.
 Old inputs then hardly answer new keys: features of old rows keep still while new rows are learnt.
 Related: GPM (Saha et al. 2021) and InfLoRA project gradients or fix the down-projection; both citations from memory.
 """

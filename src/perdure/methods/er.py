@@ -1,8 +1,9 @@
 """Experience replay: rows of past experiences from a reservoir are mixed into every batch.
 
-Chaudhry et al. 2019, "On Tiny Episodic Memories in Continual Learning" (citation from memory, not re-read). Every training row is
-offered to the reservoir once (Vitter's algorithm R), so the buffer is a uniform sample of the stream without knowledge
-of boundaries. Each batch of b current rows gets `per_step` rehearsed rows; the loss is the mean over all of them.
+Chaudhry et al. 2019, "On Tiny Episodic Memories in Continual Learning" (citation from memory, not re-read). Every
+training row is offered to the reservoir once (Vitter's algorithm R), so the buffer is a uniform sample of the stream
+without knowledge of boundaries. Each batch of b current rows gets `per_step` rehearsed rows; the loss is the mean over
+all of them.
 With the mask `current`, current rows compete among current classes and rehearsed rows among all classes seen.
 
 Stored: `budget` rows. Cost per token: that of the adapter, times (b + per_step) / b. Removal: rollback.

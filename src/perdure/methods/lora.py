@@ -9,7 +9,8 @@ alpha 32, dropout .1 on q and v.
 | A [r, d_in] | `lora_A`, the down-projection |
 | B [d_out, r] | `lora_B`, the up-projection |
 
-With `grow`, every experience gets an A and a B of its own and the old ones stand still: y = W0 x + Σ_t (alpha / r) B_t A_t x.
+With `grow`, every experience gets an A and a B of its own and the old ones stand still:
+y = W0 x + Σ_t (alpha / r) B_t A_t x.
 `protect` implies it and confines the rows of the new A to the null space of old layer inputs after every update: the
 control for MoRAM with protected keys, projection without routing. With `first_only` the adapter learns the first
 experience and then stands still, which with the ridge head is the shape of RanPAC's first-session adaptation.

@@ -1,8 +1,8 @@
 """MoRAM: mixture of rank-1 associative memory, self-activated.
 
-"MoRAM", ICML 2026, OpenReview P247k4ELcn, arXiv 2506.21035 (v1 under the name MoRA). Formulas from the authors' project page
-(equations 3-8) and released code; the paper's full text was not at hand. Per adapted linear map and token x, with the
-bank of all atoms so far, keys A [N, d_in] and values B [N, d_out]:
+"MoRAM", ICML 2026, OpenReview P247k4ELcn, arXiv 2506.21035 (v1 under the name MoRA). Formulas from the authors' project
+page (equations 3-8) and released code; the paper's full text was not at hand. Per adapted linear map and token x, with
+the bank of all atoms so far, keys A [N, d_in] and values B [N, d_out]:
 
     p  = A x                                        raw responses of all atoms, old and new
     s  = p / max(‖p‖₂, eps)                         signed, joint norm over the atoms
@@ -25,7 +25,8 @@ layer inputs. Cost per token and layer: N · d_in for the scores and k · d_out 
 Deviations from the released code, all defects named in our notes on it: the value scale is folded into the values at
 freezing (the release halves them); atoms that were never trained take no part in evaluation (the release lets empty
 atoms of the next task take slots); parameters and optimizer state are new for each experience. `min_k` is 1 here, the
-release forces k ≥ 2 (`min_k: 2` gives that). On a stream without boundaries atoms are added every `grow_every` steps: ours.
+release forces k ≥ 2 (`min_k: 2` gives that). On a stream without boundaries atoms are added every `grow_every` steps:
+ours.
 `protect` is ours as well.
 """
 
@@ -64,7 +65,7 @@ class MoRAM(Method):
         renormalise: bool = False
         """Let the weights of the atoms above the threshold sum to one. The released code does not."""
         scale: float = Field(1.0, gt=0)
-        """Factor on the values while they train, folded into them when they freeze. Published: 1 (X-TAIL), 2 (TRACE)."""
+        """Factor on training values, folded into them when they freeze. Published: 1 (X-TAIL), 2 (TRACE)."""
         dropout: float = Field(0.0, ge=0, lt=1)
         """On the input of the key product. Published: 0 (X-TAIL), .1 (TRACE)."""
         min_k: int = Field(1, ge=1)

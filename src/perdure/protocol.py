@@ -1,0 +1,43 @@
+"""Checks methods against each other and against what the protocol grants, before any work starts. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .config import ProtocolConfig, TrainingConfig
+from .errors import BadInput, ProtocolRefused
+from .methods import Method
+
+
+def check_list(methods: Sequence[Method]) -> None:
+    """Raises BadInput where a method stands twice, or two own the criterion or the prediction."""
+    names = [method.name for method in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInput(f"method: {name} stands {names.count(name)} times in the list; keep one")
+    for what in ("criterion", "predict"):
+        owners = [method.name for method in methods if getattr(method, what) is not None]
+        if len(owners) > 1:
+            raise BadInput(f"method: {' and '.join(owners)} both own the {what}; keep one of them")
+
+
+def check_granted(methods: Sequence[Method], protocol: ProtocolConfig, training: TrainingConfig) -> None:
+    """Raises ProtocolRefused, naming the field, where a method needs or the training takes more than is granted."""
+    for method in methods:
+        if "task_id" in method.needs and protocol.task_id == "none":
+            raise ProtocolRefused(f"protocol.task_id: is none, but {method.name} needs it; set it to train or test")
+        if {"boundaries", "old_model", "all_data"} & method.needs and protocol.boundaries == "none":
+            raise ProtocolRefused(f"protocol.boundaries: is none, but {method.name} needs them; set it to train")
+        wanted = method.requires_rehearsal()
+        if wanted > protocol.rehearsal:
+            raise ProtocolRefused(
+                f"protocol.rehearsal: grants {protocol.rehearsal} samples, but {method.name} stores {wanted}; "
+                f"raise it to {wanted} or lower the method's budget"
+            )
+        if "all_data" in method.needs and method.status != "upper bound":
+            raise ProtocolRefused(f"method: {method.name} needs all data at once, which only an upper bound may have")
+    if protocol.passes is not None and training.epochs > protocol.passes:
+        raise ProtocolRefused(
+            f"training.epochs: is {training.epochs}, but the protocol grants {protocol.passes} pass(es) over each "
+            "experience; lower it or raise protocol.passes"
+        )
