@@ -62,6 +62,11 @@ class Batch:
         return len(self.rows)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: half precision is widened, float64 stays, so that a float64 host is exact to the loss."""
+    return tensor if tensor.dtype.itemsize >= 8 else tensor.float()
+
+
 @dataclass(frozen=True)
 class Output:
     """What a forward pass gives.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ..config import HeadConfig
+from ..data import wide
 from ._head import Head, register
 from .linear import new_rows
 
@@ -57,6 +58,7 @@ class CosineHead(Head):
         from torch.nn.functional import normalize
 
         with torch.autocast(features.device.type, enabled=False):
-            weight = normalize(self.module.get_parameter("weight").float(), dim=-1)
-            cosines = torch.nn.functional.linear(normalize(features.float(), dim=-1), weight)
-            return self.module.get_parameter("scale").float() * cosines
+            features = wide(features)
+            weight = normalize(self.module.get_parameter("weight").to(features.dtype), dim=-1)
+            cosines = torch.nn.functional.linear(normalize(features, dim=-1), weight)
+            return self.module.get_parameter("scale").to(features.dtype) * cosines

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ..config import HeadConfig
+from ..data import wide
 from ._head import Head, register, seeded_generator
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ class LinearHead(Head):
 
         weight, bias = self.module.get_parameter("weight"), self.module.bias
         with torch.autocast(features.device.type, enabled=False):
-            return torch.nn.functional.linear(features.float(), weight.float(), bias)  # type: ignore[arg-type]
+            features = wide(features)
+            bias = None if bias is None else bias.to(features.dtype)  # type: ignore[operator]
+            return torch.nn.functional.linear(features, weight.to(features.dtype), bias)
 
 
 def new_rows(width: int, seed: int, ids: range) -> Tensor:

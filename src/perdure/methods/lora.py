@@ -157,6 +157,11 @@ class LoRA(Method):
         super().load_state_dict(tensors, values)
         while len(self._adapters) < values["adapters"]:
             self._add_adapter()
+        while len(self._adapters) > values["adapters"]:  # an older state: back to before an experience
+            newest = self._adapters.pop()
+            for layer in self._layers.values():
+                layer.set_adapter(self._adapters)
+                layer.delete_adapter(newest)
         with torch.no_grad():
             for name, parameter in self._named():
                 parameter.copy_(tensors[name])

@@ -146,10 +146,14 @@ class MoRAM(Method):
             self.loop.parameters_changed()
 
     def after_experience(self, experience: Experience) -> None:
+        import torch
+
         log = self.loop.router_log
         for name, memory in self.memories.items():
             if name in log.sites:  # counted on the logged steps of this experience
-                memory.bank.add_usage(log.usage(name))
+                counts = log.usage(name)
+                # Atoms that grew after the last logged step are not in the log.
+                memory.bank.add_usage(counts, torch.arange(counts.numel(), device=counts.device))
             memory.freeze()
         if self._protection and not experience.last:
             self._protection.observe(self._sites, experience.train)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ..config import ObjectiveConfig
-from ..data import Batch, Output, Row, Rows
+from ..data import Batch, Output, Row, Rows, wide
 from ..errors import BadInput
 from ..processors import check_tokenizer, encode_texts, pad_id, position_limit, tokenizer_of
 from ._objective import Objective, index_tensor, pad_right, register, require
@@ -283,5 +283,5 @@ def _token_nll(batch: Batch, output: Output) -> tuple[Tensor, Tensor]:
     if output.logits is None or batch.labels is None:
         raise ValueError("causal_lm: loss and score need logits and labels")
     labels = batch.labels[:, 1:].reshape(-1)
-    logits = output.logits[:, :-1].reshape(-1, output.logits.shape[-1]).float()
+    logits = wide(output.logits[:, :-1].reshape(-1, output.logits.shape[-1]))
     return cross_entropy(logits, labels, ignore_index=-100, reduction="none"), labels != -100

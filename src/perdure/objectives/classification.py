@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ..config import ObjectiveConfig
-from ..data import Batch, Output, Rows
+from ..data import Batch, Output, Rows, wide
 from ..errors import BadInput
 from ..processors import (
     check_tokenizer,
@@ -169,7 +169,7 @@ class Classification(Objective):
 def _logits(batch: Batch, output: Output) -> tuple[Tensor, Tensor]:
     if output.logits is None or batch.labels is None:
         raise ValueError("classification: loss and score need logits and labels")
-    return output.logits.float(), batch.labels
+    return wide(output.logits), batch.labels
 
 
 def _check_own(labels: Tensor, logits: Tensor, allowed: Tensor | None) -> None:
@@ -266,13 +266,13 @@ def pool(states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     """Features [B, D] float32 of states [B, T, D] (or [B, D, H, W], always averaged) and mask [B, T] of real tokens."""
     import torch
 
-    states = states.float()
+    states = wide(states)
     if states.dim() == 4:
         return states.mean((2, 3))
     if mask is None:
         mask = torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
     if pooling == "mean":
-        weight = mask[:, :, None].float()
+        weight = mask[:, :, None].to(states.dtype)
         return (states * weight).sum(1) / weight.sum(1).clamp_min(1)
     # First and last real token, whichever side is padded.
     positions = torch.arange(mask.shape[1], device=mask.device)
