@@ -86,7 +86,7 @@ def leading_basis(moment: Tensor, energy: float, reserve: int = 1) -> Tensor:
             all d, and new keys would be projected to nothing. 0 allows that.
     Returns:
         [d, q] orthonormal columns in falling order of eigenvalue, sign fixed by the largest entry, q <= d - reserve;
-        q = 0 for a zero moment. dtype of the moment, decomposed in float64.
+        q = 0 for a zero moment. In the moment's dtype, decomposed in its precision (float32 at least).
     Raises:
         ValueError: a value is out of its range, or the moment is not finite.
     """
@@ -97,7 +97,7 @@ def leading_basis(moment: Tensor, energy: float, reserve: int = 1) -> Tensor:
         raise ValueError(f"reserve: found {reserve}; expected 0 to {d}")
     if not bool(torch.isfinite(moment).all()):
         raise ValueError("moment: found a value that is not finite; the layer's inputs overflowed")
-    exact = moment.double()
+    exact = moment.to(torch.promote_types(moment.dtype, torch.float32))
     eigenvalues, vectors = torch.linalg.eigh((exact + exact.t()) / 2)
     eigenvalues, vectors = eigenvalues.flip(0).clamp_min(0.0), vectors.flip(1)
     total = eigenvalues.sum()

@@ -154,6 +154,7 @@ def validate_report(report: Any, where: str = "report") -> dict[str, Any]:
 _ROW_FIELDS: dict[str, tuple[type, ...]] = {
     "arm": _TEXT,
     "method": _TEXT,
+    "adapter": _TEXT,
     "head": _OPTIONAL_TEXT,
     "seeds": (Sequence,),
     "metrics": (Mapping,),
