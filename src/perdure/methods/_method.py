@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..data import Batch, Output, Row, Rows
     from ..hosts import Host
-    from ..learner import Services
+    from ..services import Services
     from ..streams import Experience
 
 register = METHODS.register
