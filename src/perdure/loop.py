@@ -99,7 +99,6 @@ class Loop(Stepping):
         self.history: list[Past] = []
         self.writes: list[dict[str, Any]] = []
         self.position, self.counters = Position(), Counters()
-        self.losses_seen: dict[str, float] = {}
         self._seed_everything()
         self.accelerator = _accelerator()
         model.to(self.accelerator.device)

@@ -99,10 +99,6 @@ class Services:
         """Class name -> id of all classes seen."""
         return self._loop.labels
 
-    def head_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        head = self._loop.auxiliary_head or self._loop.head
-        return [] if head is None else head.parameters()
-
     # ---- data
     def remember(self, batch: Batch) -> None:
         """Offers the batch's rows to the replay buffer; of several processes all rows, so that the buffers agree."""
