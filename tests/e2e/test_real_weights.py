@@ -49,7 +49,7 @@ def test_compare_on_real_weights_and_reuse_of_finished_runs(tmp_path, monkeypatc
     assert comparison["schema"] == 1 and comparison["reference"] == "moram" and comparison["illustration"]
     assert [(row["arm"], row["method"], row["seeds"]) for row in comparison["rows"]] == [
         ("moram", "moram", [0]),
-        ("frozen+ridge", "linear_probe", [0]),
+        ("frozen+ridge", "frozen+ridge", [0]),
     ]
     for row in comparison["rows"]:
         for block, names in (("metrics", ("average_accuracy", "forgetting")), ("cost", ("seconds", "stored_bytes"))):
