@@ -1,9 +1,10 @@
 """Rates of every arm of a recipe: the same grid, the same trials, judged on validation rows of the first experience.
 
 `python -m benchmarks.tune clinc150 --arms finetune,lora,moram` trains each arm on experience 0 alone for every pair of
-rates and takes the pair with the lowest validation loss of the head that the arm is trained through. Test rows and
-later experiences are never read. The table goes to results/tuning/<recipe>.json; what it says is copied into the
-recipe by hand.
+rates and takes the pair with the lowest validation loss of the head that the arm predicts with: cross-entropy, or the
+mean squared error that a closed-form head minimises. Test rows and later experiences are never read. The table goes to
+results/tuning/<recipe>.json; what it says is copied into the recipe by hand. Arms that do the same on a first
+experience (replay, protected keys, first experience only) take the rates of their plain form.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from perdure.learner import Learner
 from perdure.models import load_model
 from perdure.recipe import Recipe, load_recipe
 from perdure.registry import OBJECTIVES
-from perdure.streams import build_stream
+from perdure.streams import Experience, build_stream
 
-RATES = (1e-4, 5e-4, 3e-3)
-HEAD_RATES = (3e-3, 1e-2)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+HEAD_RATES = (3e-3, 1e-2, 3e-2)
 
 
 def trial(recipe: Recipe, rate: float, head_rate: float | None, position: int = 0) -> dict[str, Any]:
@@ -39,13 +40,26 @@ def trial(recipe: Recipe, rate: float, head_rate: float | None, position: int = 
         protocol=recipe.protocol, seed=recipe.seed, classes=list(stream.classes) if stream.classes else None,
     )  # fmt: skip
     learner.learn(experience)
+    score = learner.evaluate([experience], split="valid")[experience.index]
+    loss = validation_loss(learner, experience)
+    return {"learning_rate": rate, "head_learning_rate": head_rate, "loss": loss, "score": score}
+
+
+def validation_loss(learner: Learner, experience: Experience) -> float:
+    """Mean loss on the validation rows, of the head that predicts."""
+    closed_form = learner.head is not None and learner.head.closed_form
     total, count = 0.0, 0.0
     with quiet(learner.model), torch.no_grad():
         for batch in learner.batches(experience.valid):
-            summed, rows = learner.objective.loss(batch, learner.system(batch, True), None)
+            output = learner.system(batch, False)
+            if closed_form:
+                assert output.logits is not None and batch.labels is not None
+                target = torch.nn.functional.one_hot(batch.labels, output.logits.shape[-1])
+                summed, rows = (output.logits - target).square().mean(-1).sum(), len(batch)
+            else:
+                summed, rows = learner.objective.loss(batch, output, None)
             total, count = total + float(summed), count + float(rows)
-    score = learner.evaluate([experience], split="valid")[experience.index]
-    return {"learning_rate": rate, "head_learning_rate": head_rate, "loss": total / count, "score": score}
+    return total / count
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ SETTINGS: dict[str, Any] = {
     "no_args_is_help": True,
     "add_completion": False,
     "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,  # rich's help would take longer to import than everything else
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 app = typer.Typer(**SETTINGS)
@@ -92,7 +93,10 @@ def compare(
     imports: Imports = None,
     no_progress: Quiet = False,
 ) -> None:
-    """Runs arms over seeds, reuses what is finished, and writes a page and comparison.json."""
+    """Runs arms over seeds, reuses what is finished, compares on a page.
+
+    The page and `comparison.json` lie in the folder of the comparison.
+    """
     from .recipe import load_recipe
 
     _import(imports)
@@ -165,7 +169,10 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of all arms.")] = 0,
     no_progress: Quiet = False,
 ) -> None:
-    """Learns the Python standard library, package by package, with six methods side by side. Needs no data file."""
+    """Learns the Python standard library, six methods side by side.
+
+    Texts are read from the running interpreter; no data file is needed.
+    """
     from .recipe import load_recipe
 
     loaded = load_recipe("demo/stdlib", overrides or ())
@@ -179,7 +186,7 @@ def report(
         str | None, typer.Option(help="Folder for the page that compares several runs; the one above them when absent.")
     ] = None,
 ) -> None:
-    """Rebuilds the pages of runs; of several runs also one that compares them."""
+    """Rebuilds the pages of runs, and of several one that compares them."""
     from .comparison import COMPARISON_FILE, REPORT_FILE, rebuild
     from .report import build
     from .report.terminal import print_comparison, print_run
@@ -202,7 +209,10 @@ def undo(
         typer.Option("--to", metavar="K", help="Back to before experience K, counted from 0; the last when absent."),
     ] = None,
 ) -> None:
-    """Takes a run back to before an experience; the same `perdure run` then learns on from there."""
+    """Takes a run back to before an experience.
+
+    The same `perdure run` then learns on from there.
+    """
     from .run import undo as take_back
 
     at = take_back(run, to)
@@ -224,13 +234,12 @@ def methods(
         return
     aliases = {value: key for key, value in METHODS.aliases.items()}
     rows = []
-    for each in METHODS.names():
-        cls = METHODS.get(each)
-        label = f"{each} ({aliases[each]})" if each in aliases else each
-        rows.append((label, cls.title, cls.status, ", ".join(sorted(cls.needs)) or "–", cls.removal))
+    for each in METHODS.listing():
+        label = f"{each['name']} ({aliases[each['name']]})" if each["name"] in aliases else each["name"]
+        rows.append((label, each["title"], each["status"], ", ".join(each["needs"]) or "–", each["removal"]))
     _columns(("method", "what it is", "status", "needs", "removal"), rows)
     typer.echo("")
-    heads = [(each, HEADS.get(each).title, "yes" if HEADS.get(each).closed_form else "no") for each in HEADS.names()]
+    heads = [(each["name"], each["title"], "yes" if each["closed_form"] else "no") for each in HEADS.listing()]
     _columns(("head", "what it is", "closed form"), heads)
 
 

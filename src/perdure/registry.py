@@ -10,18 +10,21 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import json
 import pkgutil
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import BadInput
 
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 T = TypeVar("T", bound=type)
+INDEX_FILE = "_index.json"
 
 
 @functools.cache
@@ -89,12 +92,28 @@ class Registry:
             raise BadInput(f"{self.word}: {name!r} is unknown; {hint}")
         return self._classes[name]
 
+    def listing(self) -> list[dict[str, Any]]:
+        """What `perdure methods` shows of each plug-in, by name, without importing our own modules.
+
+        Those are read from `_index.json` beside them, which `python -m perdure.registry` writes; plug-ins of other
+        packages and of `import_file` are loaded.
+        """
+        known: dict[str, dict[str, Any]] = {}
+        if not self._discovered:
+            text = Path(__file__).with_name(self.kind).joinpath(INDEX_FILE).read_text(encoding="utf-8")
+            known = {entry["name"]: entry for entry in json.loads(text)}
+            for point in _entry_points().select(group=f"perdure.{self.kind}"):
+                point.load()
+        return [entry for _, entry in sorted((known | {n: summary(c) for n, c in self._classes.items()}).items())]
+
     def parse(self, spec: Any, field: str) -> list[tuple[str, Any]]:
         """Reads `name`, `{name: settings}` or a list of these into pairs of class name and validated settings.
 
         Raises:
             BadInput: a name is unknown or a setting does not fit; the message names the field.
         """
+        from pydantic import ValidationError
+
         pairs: list[tuple[str, Any]] = []
         for item in spec if isinstance(spec, (list, tuple)) else [spec]:
             if isinstance(item, str):
@@ -149,6 +168,28 @@ def import_file(path: str | Path) -> None:
     spec.loader.exec_module(module)
 
 
+def summary(cls: Any) -> dict[str, Any]:
+    """Name, title and the declared facts of a plug-in class, as JSON-able values."""
+    found: dict[str, Any] = {"name": cls.name, "title": cls.title}
+    for fact in ("status", "needs", "removal", "closed_form"):
+        if hasattr(cls, fact):
+            value = getattr(cls, fact)
+            found[fact] = sorted(value) if isinstance(value, frozenset) else value
+    return found
+
+
+def index_text(registry: Registry) -> str:
+    """What `_index.json` must hold for the plug-ins of our own package."""
+    names = [name for name in registry.names() if registry.get(name).__module__.startswith("perdure.")]
+    return json.dumps([summary(registry.get(name)) for name in names], indent=1, ensure_ascii=False) + "\n"
+
+
 METHODS = Registry("methods", aliases={"replay": "er"})
 HEADS = Registry("heads")
 OBJECTIVES = Registry("objectives")
+
+if __name__ == "__main__":
+    from perdure import registry as live  # not this module's second self: plug-ins register with that one
+
+    for each in (live.METHODS, live.HEADS):
+        Path(__file__).with_name(each.kind).joinpath(INDEX_FILE).write_text(index_text(each), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +76,30 @@ def test_public_names_are_there():
     assert callable(perdure.attach) and callable(perdure.detach)
     with pytest.raises(AttributeError, match="no attribute 'Lerner'"):
         perdure.Lerner  # noqa: B018
+
+
+@pytest.mark.parametrize("kind", ["methods", "heads"])
+def test_the_index_says_what_the_classes_say(kind):
+    from perdure import registry
+
+    registered = {"methods": registry.METHODS, "heads": registry.HEADS}[kind]
+    index = Path(registry.__file__).with_name(kind) / registry.INDEX_FILE
+    assert index.read_text(encoding="utf-8") == registry.index_text(registered), (
+        "run `python -m perdure.registry`: a plug-in is not listed in the index as its class describes itself"
+    )
+
+
+def test_the_listing_reads_the_index_and_knows_a_users_own_plug_in(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from perdure.methods import Method, register\n@register('own')\nclass Own(Method):\n    '''Mine.'''\n",
+        encoding="utf-8",
+    )
+    code = (
+        "import sys\nfrom perdure.registry import METHODS, import_file\n"
+        "plain = [each['name'] for each in METHODS.listing()]\nassert 'perdure.methods.moram' not in sys.modules\n"
+        f"import_file({str(own)!r})\nmore = METHODS.listing()\n"
+        "assert [e['name'] for e in more if e['name'] != 'own'] == plain and 'moram' in plain\n"
+        "assert next(e for e in more if e['name'] == 'own')['title'] == 'Mine'\nprint('LOADED')"
+    )
+    assert loaded(code) == []
