@@ -3,7 +3,7 @@
 `python -m benchmarks.tune clinc150 --arms finetune,lora,moram` trains each arm on experience 0 alone for every pair of
 rates and takes the pair with the lowest validation loss of the head that the arm predicts with: cross-entropy, or the
 mean squared error that a closed-form head minimises. Test rows and later experiences are never read. The table goes to
-results/tuning/<recipe>.json; what it says is copied into the recipe by hand. Arms that do the same on a first
+results/tuning/<recipe>.json, from which trials that were made before are taken; what it says is copied into the recipe by hand. Arms that do the same on a first
 experience (replay, protected keys, first experience only) take the rates of their plain form.
 """
 
@@ -24,7 +24,7 @@ from perdure.recipe import Recipe, load_recipe
 from perdure.registry import OBJECTIVES
 from perdure.streams import Experience, build_stream
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 HEAD_RATES = (3e-3, 1e-2, 3e-2)
 
 
@@ -79,7 +79,10 @@ def main() -> None:
     for name in arms:
         arm = recipe.with_arm(name)
         head_rates = (None,) if "causal_lm" in arm.objective else HEAD_RATES
-        trials = [trial(arm, rate, head, options.experience) for rate, head in itertools.product(rates, head_rates)]
+        known = {(each["learning_rate"], each["head_learning_rate"]): each for each in table.get(name, {}).get("trials", [])}
+        trials = [
+            known.get(pair) or trial(arm, *pair, options.experience) for pair in itertools.product(rates, head_rates)
+        ]
         best = min(trials, key=lambda found: found["loss"])
         table[name] = {"best": best, "trials": trials}
         print(f"{name}: {best}", flush=True)

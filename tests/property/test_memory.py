@@ -18,7 +18,7 @@ from perdure.memory import (
     weight,
 )
 from perdure.memory.kernels import atoms
-from perdure.memory.routing import _select_packed
+from perdure.memory.routing import _select_packed, select_with_reserve
 
 FAST = ["dense", "gather"]
 quick = settings(max_examples=60, deadline=None)
@@ -35,6 +35,7 @@ def cases(draw):
         "leading": draw(st.sampled_from([(), (1,), (5,), (2, 3), (2, 1, 4), (0,), (2, 0)])),
         "k": draw(st.integers(1, 10)),
         "min_k": draw(st.sampled_from([1, 2])),
+        "reserve": draw(st.sampled_from([0, 0, 1, 3])),
         "tau": draw(st.sampled_from([0.03, 0.1, 1.0])),
         "delta": draw(st.sampled_from([None, 0.0, 0.2, 0.6])),
         "renormalise": draw(st.booleans()),
@@ -63,8 +64,8 @@ def build(case, dtype):
             x = x.transpose(0, 1).contiguous().transpose(0, 1)
     bank = [make(case["old"], case["d_in"]), make(case["old"], case["d_out"])]
     bank += [make(case["new"], case["d_in"]), make(case["new"], case["d_out"])]
-    names = ("k", "min_k", "tau", "delta", "renormalise", "scale")
-    return x, bank, {name: case[name] for name in names}
+    names = ("k", "min_k", "reserve", "tau", "delta", "renormalise", "scale")
+    return x, bank, {name: case[name] for name in names if name in case}
 
 
 def run(x, bank, options, path, grad_y=None):
@@ -113,7 +114,7 @@ def test_fast_paths_equal_the_reference_in_values_and_gradients(dtype, case):
 @given(seed=st.integers(0, 10**6), old=st.integers(0, 20), new=st.integers(1, 4), threshold=st.sampled_from([0.0, 1e9]))
 def test_the_gram_form_of_the_input_gradient_is_exact(seed, old, new, threshold):
     case = {"old": old, "new": new, "d_in": 3, "d_out": 4, "leading": (8,), "seed": seed}
-    case |= {"integers": False, "strided": False, "k": 3, "min_k": 1, "tau": 0.1, "delta": None}
+    case |= {"integers": False, "strided": False, "k": 3, "min_k": 1, "reserve": 0, "tau": 0.1, "delta": None}
     x, bank, options = build(case | {"renormalise": False, "scale": 1.0}, torch.float64)
     grad_y = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     _, _, want = run(x, bank, options, "reference", grad_y)
@@ -284,3 +285,34 @@ def test_weights_sum_to_one_unless_the_threshold_took_some(seed, delta, tau):
 
 def test_the_dispatcher_gathers_from_large_banks_only():
     assert choose_path(8, 8) == "dense" and choose_path(1024, 8) == "gather"
+
+
+@quick
+@given(
+    rows=st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=1, max_size=4),
+    k=st.integers(1, 7),
+    reserve=st.integers(0, 4),
+    start=st.integers(0, 6),
+)
+def test_reserved_places_go_to_the_best_new_items(rows, k, reserve, start):
+    scores = torch.tensor(rows, dtype=torch.float64)
+    have = select_with_reserve(scores, k, 1, reserve, start).tolist()
+    for row, chosen in zip(rows, have, strict=True):
+        ranked = sorted(range(6), key=lambda i: (-row[i], i))
+        count = min(k, 6)
+        kept = min(reserve, 6 - start, count) if start else 0
+        want = [i for i in ranked if i >= start][:kept]
+        want += [i for i in ranked if i not in want][: count - kept]
+        assert chosen == sorted(want, key=lambda i: (-row[i], i))
+        assert sum(i >= start for i in chosen) >= kept
+
+
+def test_starved_new_atoms_learn_only_with_reserved_places():
+    keys, values = torch.eye(4)[:3] * 5, torch.ones(3, 2)  # old atoms that win every place
+    x = torch.tensor([[1.0, 1.0, 1.0, 0.1]])
+    for reserve, learns in ((0, False), (1, True)):
+        new_keys = torch.tensor([[0.0, 0.0, 0.0, 0.1]], requires_grad=True)
+        new_values = torch.zeros(1, 2, requires_grad=True)
+        dy, routing = read_atoms(x, keys, values, new_keys, new_values, k=2, tau=1.0, reserve=reserve)
+        (grad,) = torch.autograd.grad(dy.sum(), [new_values])
+        assert (3 in routing.indices) is learns and bool(grad.abs().sum() > 0) is learns

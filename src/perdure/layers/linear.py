@@ -31,6 +31,7 @@ class LinearMemory(nn.Module):
         eps: smallest norm of the responses.
         dropout: probability, in training, of an input feature to be dropped.
         min_k: floor on k (2 in the released MoRAM code).
+        reserve: places among the k that new atoms hold in training, so that they cannot starve (ours; at most k).
         path: "auto", "reference", "dense" or "gather"; see `memory.read_atoms`.
 
     Raises:
@@ -51,20 +52,23 @@ class LinearMemory(nn.Module):
         eps: float = 1e-8,
         dropout: float = 0.0,
         min_k: int = 1,
+        reserve: int = 0,
         path: Path = "auto",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
         super().__init__()
         limits = {"k": k >= 1, "min_k": min_k >= 1, "tau": tau > 0, "eps": eps > 0, "dropout": 0 <= dropout < 1}
+        limits["reserve"] = 0 <= reserve <= k
         for name, right in limits.items():
             if not right:
                 allowed = {"dropout": "at least 0 and below 1", "k": "at least 1", "min_k": "at least 1"}
+                allowed["reserve"] = f"between 0 and k, which is {k}"
                 raise BadInput(f"{name}: found {locals()[name]}; must be {allowed.get(name, 'above 0')}")
         self.bank = AtomBank(in_features, out_features, dtype=dtype, device=device)
         self.site, self.path = site, path
         self.k, self.tau, self.delta, self.renormalise = k, tau, delta, renormalise
-        self.scale, self.eps, self.dropout, self.min_k = scale, eps, dropout, min_k
+        self.scale, self.eps, self.dropout, self.min_k, self.reserve = scale, eps, dropout, min_k, reserve
         self._kept: tuple[Any, AtomView] | None = None
 
     def extra_repr(self) -> str:
@@ -73,13 +77,13 @@ class LinearMemory(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] -> [..., d_out], in x's dtype (autocast's inside autocast)."""
         if self.training:
-            return self.read(self.bank.view(), F.dropout(x, self.dropout), delta=None)
+            return self.read(self.bank.view(), F.dropout(x, self.dropout), delta=None, reserve=self.reserve)
         return self.read(self._view(), x, delta=self.delta)
 
-    def read(self, view: AtomView, x: Tensor, delta: float | None) -> Tensor:
+    def read(self, view: AtomView, x: Tensor, delta: float | None, reserve: int = 0) -> Tensor:
         """The output that the atoms of `view` give for x [..., d_in], with this layer's settings."""
         settings: dict[str, Any] = {"k": self.k, "tau": self.tau, "delta": delta, "renormalise": self.renormalise}
-        settings |= {"scale": self.scale, "eps": self.eps, "min_k": self.min_k, "path": self.path}
+        settings |= {"scale": self.scale, "eps": self.eps, "min_k": self.min_k, "reserve": reserve, "path": self.path}
         output, routing = read_atoms(x, *view[:4], **settings)
         if is_observed():
             if view.index is not None:

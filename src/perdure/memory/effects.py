@@ -38,6 +38,7 @@ def read_atoms(
     scale: float = 1.0,
     eps: float = 1e-8,
     min_k: int = 1,
+    reserve: int = 0,
     path: Path = "auto",
 ) -> tuple[Tensor, Routing]:
     """Rank-1 effect of an atom bank (MoRAM, eqs 3-8).
@@ -58,6 +59,7 @@ def read_atoms(
         scale: factor on the new values, folded into them when they are frozen.
         eps: smallest norm of the responses, above 0.
         min_k: floor on k; 2 in the released code.
+        reserve: places among the k that the best new atoms hold whatever their rank (ours; 0 as published).
         path: "reference", "dense", "gather", or "auto" to let the size decide. All give the same values and
             gradients up to rounding; only the reference is differentiable twice.
     Returns:
@@ -89,9 +91,10 @@ def read_atoms(
             dy, routing = reference.rank_one(
                 flat, joined(old_k, new_k), values,
                 k=k, tau=tau, delta=delta, renormalise=renormalise, eps=eps, min_k=min_k,
+                reserve=reserve, start=old_k.shape[0],
             )  # fmt: skip
         else:
-            p, s, indices = Respond.apply(flat, old_k, new_k, k, eps, min_k)
+            p, s, indices = Respond.apply(flat, old_k, new_k, k, eps, min_k, reserve)
             w = open_items(weight(s, tau), s, delta, renormalise)
             apply = gather_values if path == "gather" else dense_values
             dy = apply(w * p, indices, old_v, new_v, scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .routing import Routing, open_items, select, self_activation, weight
+from .routing import Routing, open_items, select_with_reserve, self_activation, weight
 
 
 def rank_one(
@@ -19,14 +19,17 @@ def rank_one(
     renormalise: bool = False,
     eps: float = 1e-8,
     min_k: int = 1,
+    reserve: int = 0,
+    start: int = 0,
 ) -> tuple[Tensor, Routing]:
     """MoRAM, eqs 3-8: dy = sum_{i in top-k} w_i (a_i . x) b_i, every atom's value multiplied by a masked weight.
 
     Args:
         x: [..., d_in]. keys: [N, d_in]. values: [N, d_out], N >= 1.
+        reserve, start: so many of the k places go to the best of the items from `start` on (ours; 0 as published).
     """
     s, p = self_activation(x, keys, eps)  # s = p / max(||p||, eps)
-    top = select(p, k, min_k)  # s and p have the same order
+    top = select_with_reserve(p, k, min_k, reserve, start)  # s and p have the same order
     s_top = s.gather(-1, top)
     w_top = open_items(weight(s_top, tau), s_top, delta, renormalise)  # w = softmax(s / tau), closed below delta
     w = torch.zeros_like(s).scatter(-1, top, w_top)

@@ -101,6 +101,31 @@ def select(scores: Tensor, k: int, min_k: int = 1) -> Tensor:
     return _select_packed(scores, count)
 
 
+def select_with_reserve(scores: Tensor, k: int, min_k: int, reserve: int, start: int) -> Tensor:
+    """As `select`, but `reserve` of the k places go to the best of the items from `start` on.
+
+    The other places go to the largest scores among all items that are left. With fewer items from `start` on, fewer
+    places are reserved.
+
+    Args:
+        scores: [..., N]. k, min_k: as in `select`. reserve: places, at most k. start: number of old items.
+    Returns:
+        [..., effective_k(k, N, min_k)] int64, in falling order of score, lowest index first among equals.
+    """
+    count = effective_k(k, scores.shape[-1], min_k)
+    reserve = min(reserve, scores.shape[-1] - start, count)
+    if reserve <= 0 or start == 0:
+        return select(scores, k, min_k)
+    scores = scores.detach()
+    chosen = select(scores[..., start:], reserve) + start
+    if count > reserve:
+        rest = scores.scatter(-1, chosen, -torch.inf)
+        chosen = torch.cat([chosen, select(rest, count - reserve)], dim=-1)
+    chosen = chosen.sort(dim=-1).values  # so that the stable sort below puts the lowest index first
+    order = torch.sort(scores.gather(-1, chosen), dim=-1, descending=True, stable=True).indices
+    return chosen.gather(-1, order)
+
+
 def _select_and_repair(scores: Tensor, count: int) -> Tensor:
     # topk leaves the order of equal scores open; one score more than asked for shows a tie at the boundary too.
     flat = scores.reshape(-1, scores.shape[-1])

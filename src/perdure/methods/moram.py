@@ -69,6 +69,8 @@ class MoRAM(Method):
         dropout: float = Field(0.0, ge=0, lt=1)
         """On the input of the key product. Published: 0 (X-TAIL), .1 (TRACE)."""
         min_k: int = Field(1, ge=1)
+        reserve: int = Field(0, ge=0)
+        """Places among the k that new atoms hold in training, at most `top_k`. Ours, against starved atoms."""
         eps: float = Field(1e-8, gt=0)
         targets: str | list[str] = "all"
         """Roles of the adapted linear maps, a group (attention, ffn, all) or `re:` and a pattern."""
@@ -92,7 +94,7 @@ class MoRAM(Method):
             memory = LinearMemory(
                 site.in_features, site.out_features, site=site.name, k=config.top_k, tau=config.temperature,
                 delta=config.threshold, renormalise=config.renormalise, scale=config.scale, eps=config.eps,
-                dropout=config.dropout, min_k=config.min_k,
+                dropout=config.dropout, min_k=config.min_k, reserve=config.reserve,
             )  # fmt: skip
             self._handles.append(site.add("moram", memory))
             self.modules[site.name] = memory

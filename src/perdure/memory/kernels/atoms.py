@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..routing import response_norm, select
+from ..routing import response_norm, select_with_reserve
 
 # N / d above which dL/dx takes the norm's part through the d x d Gram matrix instead of all N keys.
 GRAM_FROM = 1.5
@@ -45,18 +45,18 @@ def _scatter(shape: tuple[int, int], indices: Tensor, entries: Tensor, start: in
 
 
 class Respond(torch.autograd.Function):
-    """(x [T, d], frozen keys [n, d], new keys [r, d], k, eps, min_k) -> p [T, k], s [T, k], indices [T, k].
+    """(x [T, d], frozen keys [n, d], new keys [r, d], k, eps, min_k, reserve) -> p [T, k], s [T, k], indices [T, k].
 
     The frozen keys must not require a gradient. Differentiable once.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen_keys: Tensor, new_keys: Tensor, k: int, eps: float, min_k: int
+        ctx: Any, x: Tensor, frozen_keys: Tensor, new_keys: Tensor, k: int, eps: float, min_k: int, reserve: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         p = _responses(x, frozen_keys, new_keys)
         norm = response_norm(p, eps)
-        indices = select(p, k, min_k)  # s and p have the same order
+        indices = select_with_reserve(p, k, min_k, reserve, frozen_keys.shape[0])  # s and p have the same order
         chosen = p.gather(1, indices)
         scores = chosen / norm
         ctx.eps = eps
@@ -91,7 +91,7 @@ class Respond(torch.autograd.Function):
                 else:
                     dp_new = dp[:, old:]
                 grad_new = dp_new.t() @ x
-        return grad_x, None, grad_new, None, None, None
+        return grad_x, None, grad_new, None, None, None, None
 
 
 def _grad_x_by_gram(
