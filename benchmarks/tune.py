@@ -3,8 +3,9 @@
 `python -m benchmarks.tune clinc150 --arms finetune,lora,moram` trains each arm on experience 0 alone for every pair of
 rates and takes the pair with the lowest validation loss of the head that the arm predicts with: cross-entropy, or the
 mean squared error that a closed-form head minimises. Test rows and later experiences are never read. The table goes to
-results/tuning/<recipe>.json, from which trials that were made before are taken; what it says is copied into the recipe by hand. Arms that do the same on a first
-experience (replay, protected keys, first experience only) take the rates of their plain form.
+results/tuning/<recipe>.json, from which trials that were made before are taken; what it says is copied into the recipe
+by hand. Arms that do the same on a first experience (replay, protected keys, first experience only) take the rates of
+their plain form.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def main() -> None:
     for name in arms:
         arm = recipe.with_arm(name)
         head_rates = (None,) if "causal_lm" in arm.objective else HEAD_RATES
-        known = {(each["learning_rate"], each["head_learning_rate"]): each for each in table.get(name, {}).get("trials", [])}
+        before = table.get(name, {}).get("trials", [])
+        known = {(each["learning_rate"], each["head_learning_rate"]): each for each in before}
         trials = [
             known.get(pair) or trial(arm, *pair, options.experience) for pair in itertools.product(rates, head_rates)
         ]
