@@ -305,8 +305,10 @@ class Run:
         """One row of R: experiences the protocol lets us score, null elsewhere."""
         evaluate = "all" if everything else self.recipe.protocol.evaluate
         reach = {"seen": learnt + 1, "seen_and_next": learnt + 2, "all": self.length}[evaluate]
-        scored = [self.stream.experience(index) for index in range(min(reach, self.length))]
         row: list[float | None] = [None] * self.length
+        if any("all_data" in method.needs for method in self.learner.methods) and 0 <= learnt < self.length - 1:
+            return row  # joint training learns at the end: before that an untrained head would be scored
+        scored = [self.stream.experience(index) for index in range(min(reach, self.length))]
         total = sum(len(experience.test) for experience in scored)
         when = "before learning" if learnt < 0 else f"after experience {learnt + 1}"
         self.progress.start(f"scoring {when}", total)

@@ -66,6 +66,17 @@ def test_forward_transfer_of_a_language_model(tmp_path):
     assert report["metrics"]["forward_transfer"] == pytest.approx(gain)
 
 
+def test_joint_training_is_scored_at_the_end_only(tmp_path):
+    made = tiny.settings(tmp_path, [{"lora": {"rank": 2}}, "joint"], protocol={"evaluate": "seen_and_next"})
+    report = run(tmp_path, made)
+    *before, last = report["matrix"]
+    assert before and all(score is None for row in before for score in row) and None not in last
+    metrics = report["metrics"]
+    assert metrics["average_accuracy"] == pytest.approx(sum(last) / len(last))
+    assert all(metrics[name] is None for name in ("forgetting", "learning_accuracy", "backward_transfer"))
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_no_forward_transfer_to_classes_that_were_never_seen(tmp_path):
     report = run(tmp_path, tiny.settings(tmp_path, "linear_probe", {"ridge": {"features": 32}}))
     assert report["matrix"][0][1] == 0 and report["matrix"][0][2] is None
