@@ -44,6 +44,9 @@ SETTINGS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("method", {"moram": {"layers": [7]}}, ("7",)),
     ("method", ["lora", "lora"], ("method", "lora", "2 times")),
     ("method", {"finetune": {"parameters": "nothing_is_named_so"}}, ("method.finetune.parameters",)),
+    ("method", {"finetune": {"parameters": "("}}, ("method.finetune.parameters", "regular expression", "'('")),
+    ("method", {"lora": {"targets": "re:("}}, ("'re:('", "regular expression")),
+    ("method", {"lora": {"first_only": True, "grow": True}}, ("method.lora", "first_only", "grow", "keep one")),
     ("method", [], ("method", "empty")),
     ("head", "cosin", ("head", "cosine")),
     ("head", {"ridge": {"features": -1}}, ("head.ridge.features", "-1")),
@@ -82,6 +85,9 @@ def test_options_that_the_method_cannot_honour_on_this_stream(tmp_path, capsys):
     refused(tmp_path, capsys, recipe, "method.moram.grow_every", "boundaries")  # known only when learning begins
     recipe["method"] = {"moram": {**tiny.MORAM, "grow_every": 2, "protect": {"inputs": 0.5}}}
     refused(tmp_path, capsys, recipe, "method.moram.protect", "boundaries")
+    for option in ({"first_only": True}, {"grow": True}, {"protect": {"inputs": 0.5}}):
+        recipe["method"] = {"lora": {"rank": 2, **option}}
+        refused(tmp_path, capsys, recipe, f"method.lora.{next(iter(option))}", "boundaries")
 
 
 # ---- files

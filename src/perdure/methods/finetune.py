@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..config import MethodConfig
 from ..errors import BadInput
@@ -27,6 +27,17 @@ class FineTune(Method):
     class Config(MethodConfig):
         parameters: str = Field("")
         """Regular expression; only host parameters whose name it finds are trained. All when empty."""
+
+        @field_validator("parameters")
+        @classmethod
+        def _compiles(cls, pattern: str) -> str:
+            import re
+
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"is not a regular expression ({error})") from None
+            return pattern
 
     adapts = True
     status = "verified"

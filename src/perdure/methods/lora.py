@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..config import MethodConfig, ProtectConfig
 from ..errors import BadInput
@@ -55,6 +55,13 @@ class LoRA(Method):
         protect: ProtectConfig | None = None
         """Confine new down-projections to the null space of old layer inputs; implies `grow`."""
 
+        @model_validator(mode="after")
+        def _one_plan(self) -> LoRA.Config:
+            if self.first_only and (self.grow or self.protect):
+                other = "grow" if self.grow else "protect"
+                raise ValueError(f"first_only trains one experience, {other} adds an adapter for each; keep one")
+            return self
+
     adapts = True
     status = "verified"
 
@@ -62,6 +69,8 @@ class LoRA(Method):
         config = self.config
         self._host = host
         self._sites = host.sites(config.targets, layers=config.layers)
+        self._refuse(host)
+        self._trained = [(p, p.requires_grad) for p in host.model.parameters()]  # PEFT freezes the host
         modules = {site.path: site.module for site in self._sites}
         self._originals: list[tuple[nn.Module, str, nn.Module]] = []
         for path, module in modules.items():
@@ -72,6 +81,25 @@ class LoRA(Method):
         self._add_adapter()
         self._protection = InputProtection(self, config.protect) if config.protect else None
 
+    def _refuse(self, host: Host) -> None:
+        """A model or a choice of maps that PEFT would change beyond what was asked for."""
+        other = next((path for path, module in host.model.named_modules() if hasattr(module, "base_layer")), None)
+        if other is not None:  # PEFT would switch it off, wherever it is
+            raise BadInput(
+                f"model: carries a PEFT adapter already (at {other}), which method lora would switch off; "
+                "merge it into the weights or remove it first"
+            )
+        chosen = {site.name for site in self._sites}
+        for site in self._sites:
+            if site.out_slice is None:
+                continue
+            left = [s.role for s in host.sites("attention") if s.path == site.path and s.name not in chosen]
+            if left:
+                raise BadInput(
+                    f"method.lora.targets: {site.path} is query, key and value in one map, which PEFT adapts as a "
+                    f"whole; choose {' and '.join(left)} too, or none of the three"
+                )
+
     @property
     def _grows(self) -> bool:
         return self.config.grow or self.config.protect is not None
@@ -80,18 +108,24 @@ class LoRA(Method):
         """Injects one more PEFT adapter; all are active, only the newest trains."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        config = self.config
-        self._forget_peft()
+        config, model = self.config, self._host.model
+        # PEFT's note on the model belongs to its own loading and saving, and warns at a second adapter.
+        note = vars(model).pop("peft_config", None)
         self._adapters.append(f"perdure{len(self._adapters)}")
-        inject_adapter_in_model(
-            LoraConfig(
-                r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=self._paths,
-                fan_in_fan_out=any(site.transposed for site in self._sites),
-            ),
-            self._host.model,
-            adapter_name=self._adapters[-1],
-        )  # fmt: skip
-        self._layers: dict[str, Any] = {path: self._host.model.get_submodule(path) for path in self._paths}
+        try:
+            inject_adapter_in_model(
+                LoraConfig(
+                    r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=self._paths,
+                    fan_in_fan_out=any(site.transposed for site in self._sites),
+                ),
+                model,
+                adapter_name=self._adapters[-1],
+            )  # fmt: skip
+        finally:
+            vars(model).pop("peft_config", None)
+            if note is not None:
+                model.peft_config = note
+        self._layers: dict[str, Any] = {path: model.get_submodule(path) for path in self._paths}
         wrong = [path for path, layer in self._layers.items() if not hasattr(layer, "lora_A")]
         if wrong:
             self.detach(self._host)
@@ -104,12 +138,8 @@ class LoRA(Method):
     def detach(self, host: Host) -> None:
         for parent, leaf, module in self._originals:
             setattr(parent, leaf, module)
-        self._forget_peft()
-
-    def _forget_peft(self) -> None:
-        """PEFT's note on the model belongs to its own loading and saving, and warns at a second adapter."""
-        if hasattr(self._host.model, "peft_config"):
-            del self._host.model.peft_config
+        for parameter, trained in self._trained:
+            parameter.requires_grad_(trained)
 
     def _named(self, adapters: list[str] | None = None) -> list[tuple[str, nn.Parameter]]:
         named = []
@@ -132,6 +162,9 @@ class LoRA(Method):
         return {by_path[path]: layer.lora_A[newest].weight for path, layer in self._layers.items()}
 
     def before_experience(self, experience: Experience) -> None:
+        asked = [name for name in ("first_only", "grow", "protect") if getattr(self.config, name)]
+        if asked and not self.loop.knows_boundaries:
+            raise BadInput(f"method.lora.{asked[0]}: needs boundaries (protocol.boundaries: train); remove it")
         if self._grows and self.loop.experiences_learnt > 0:
             for _, parameter in self._named():
                 parameter.requires_grad_(False)
