@@ -106,7 +106,7 @@ def test_growth_is_seeded_bounded_and_silent():
     bank.grow(4, owner=0)
     assert bank.new_values.abs().max() == 0 and bank.new_keys.requires_grad
     assert read(bank, torch.randn(3, 6)).abs().max() == 0
-    held = bank.new_keys
+    held = filled(bank, 0).new_keys
     bank.grow(2, owner=1)
     assert bank.new_keys is not held and bank.frozen_size == 4 and torch.equal(bank.frozen_keys, held)
     for r, owner in ((0, 0), (1, -1)):
@@ -124,6 +124,40 @@ def test_freezing_folds_the_scale_so_that_the_output_stays(scale, seed):
     bank.freeze(scale)
     assert bank.new_size == 0 and bank.owners.tolist() == [0] * 3 + [1] * 4
     assert torch.allclose(read(bank, x, scale=scale), before, rtol=1e-12, atol=1e-12)
+    check_bank(bank)
+
+
+@quick
+@given(
+    dead=st.lists(st.booleans(), min_size=1, max_size=6), scale=st.sampled_from([0.5, 2.0]), grows=st.booleans(),
+    seed=st.integers(0, 999),
+)  # fmt: skip
+def test_atoms_that_were_never_trained_do_not_freeze(dead, scale, grows, seed):
+    bank, x = make_bank([3, len(dead)], seed), torch.randn(9, 6, dtype=torch.float64)
+    bank.add_usage(torch.arange(bank.size, dtype=torch.float64) + 1)
+    with torch.no_grad():
+        bank.new_values[torch.tensor(dead)] = 0
+    before = read_atoms(x, *bank.without_empty()[:4], k=3, tau=0.1, scale=scale)[0].detach()
+    stays = torch.tensor([True] * 3 + [not one for one in dead])
+    keys, usage, owners = bank.keys()[stays].detach(), bank.usage[stays], bank.owners[stays]
+    if grows:
+        bank.grow(2, owner=7, scale=scale)
+        assert bank.owners[-2:].tolist() == [7, 7] and bank.usage[-2:].tolist() == [0, 0]
+        bank.keep(torch.arange(bank.size) < bank.frozen_size)
+    else:
+        kept = bank.freeze(scale)
+        assert torch.equal(kept, stays) if any(dead) else kept is None
+    assert bank.new_size == 0 and torch.equal(bank.frozen_keys, keys)
+    assert torch.equal(bank.usage, usage) and torch.equal(bank.owners, owners)
+    assert torch.allclose(read(bank, x), before, rtol=1e-12, atol=1e-12)
+    assert bank.freeze(scale) is None
+    check_bank(bank)
+
+
+def test_new_items_change_their_owner():
+    bank = make_bank([2, 3])
+    bank.own_new(SHARED)
+    assert bank.owners.tolist() == [0, 0, *[SHARED] * 3] and bank.drop(1) == 0
     check_bank(bank)
 
 
@@ -228,7 +262,7 @@ def test_the_residual_of_a_merge_bounds_the_change_at_held_weights(seed, noise):
     values = torch.randn(3, 5, generator=generator, dtype=torch.float64)
     bank = AtomBank(6, 5, dtype=torch.float64)
     bank.grow(3, owner=0)
-    bank.freeze()
+    filled(bank, seed).freeze()
     bank.frozen_keys, bank.frozen_values = keys.clone(), values.clone()
     bank.usage = torch.tensor([0.0, 1, 5], dtype=torch.float64)
     share = (bank.usage + 1) / (bank.usage + 1).sum()

@@ -8,7 +8,9 @@ import pytest
 import torch
 from loop_methods import Distilled, Peeking, build, copied, differences
 
+from perdure.errors import BadInput
 from perdure.learner import Learner
+from perdure.memory import SHARED
 from perdure.memory.observe import RouterLog
 from tests.conformance import cases
 
@@ -66,13 +68,99 @@ def test_growth_inside_a_run_resumes_bit_for_bit() -> None:
         assert differences(copied(fresh.state_dict()), copied(whole.state_dict())) == []
 
 
-def test_forgetting_while_the_optimizer_lives() -> None:
-    learner, made = build(GROWING, protocol=FREE), cases.experiences("bert", 3, rows=16)
+@pytest.mark.parametrize("host", ["bert", "gpt2"])
+def test_forgetting_while_the_optimizer_lives(host: str) -> None:
+    learner, made = build(GROWING, host, protocol=FREE), cases.experiences(host, 3, rows=12)
     for experience in made[:2]:
         learner.learn(experience)
-    assert learner.forget(1)[0] > 0
+    bank = learner.methods[0].memories["0.query"].bank
+    assert set(bank.owners.tolist()) == {0, 1} and learner.forget(1)[0] > 0
+    assert int((bank.owners == 1).sum()) == 0 and bank.new_size == 2, "nothing would train until the next growth"
+    frozen = bank.frozen_size
     learner.learn(made[2])
-    assert int((learner.methods[0].memories["0.query"].bank.owners == 1).sum()) == 0
+    assert set(bank.owners.tolist()) == {0, 2} and bank.frozen_size > frozen
+
+
+def test_atoms_that_two_writes_trained_belong_to_none_and_neither_write_is_forgotten() -> None:
+    learner, made = build(GROWING, protocol=FREE), cases.experiences("bert", 4, rows=8)
+    for experience in made[:3]:  # two steps each, growth after steps 3 and 6
+        learner.partial_fit(list(experience.train))
+    bank = learner.methods[0].memories["0.query"].bank
+    assert set(bank.owners[: bank.frozen_size].tolist()) == {SHARED} and bank.size > bank.new_size
+    for write in (0, 1, 2):
+        with pytest.raises(BadInput, match=f"write {write} trained atoms that other writes trained too"):
+            learner.forget(write)
+        assert "forgotten" not in learner.writes[write]
+    size = bank.frozen_size
+    learner.partial_fit(list(made[3].train))  # the atoms grown last were trained by this write alone
+    assert bank.owners[size:].tolist() == [3, 3] and learner.forget(3)[0] > 0 and bank.frozen_size == size
+
+
+def test_ownership_is_resumed() -> None:
+    made, learner = cases.experiences("bert", 2, rows=4), build(GROWING, protocol=FREE)
+    learner.partial_fit(list(made[0].train))
+    fresh = build(GROWING, protocol=FREE)
+    fresh.load_state_dict(*copied(learner.state_dict()))
+    fresh.partial_fit(list(made[1].train))
+    assert fresh.methods[0].memories["0.query"].bank.owners.tolist() == [SHARED] * 2
+    with pytest.raises(BadInput, match="write 0 trained"):
+        fresh.forget(0)
+
+
+def test_atoms_that_never_trained_do_not_pile_up() -> None:
+    """Growth at the last step of an experience, and experiences in which nothing is trained."""
+    made = cases.experiences("bert", 3, rows=12)
+    for spec in ({"moram": {"rank": 2, "top_k": 2, "grow_every": 3}}, [{"moram": {"rank": 2, "top_k": 2}}, "joint"]):
+        learner = build(spec)
+        for experience in made:
+            learner.learn(experience)
+        sizes = set()
+        for memory in learner.methods[0].memories.values():
+            bank = memory.bank
+            assert bool((bank.frozen_values != 0).any(-1).all()), "an atom that says nothing competes for ever"
+            assert bank.new_size == 0 and bank.size == bank.owners.numel() == bank.usage.numel()
+            sizes.add(bank.size)
+        assert max(sizes) == (2 if "joint" in spec else 6)
+
+
+def test_usage_is_that_of_all_logged_steps_without_boundaries() -> None:
+    counted = []
+    for reset in (False, True):  # a run starts the router's sums anew after each portion, for its report
+        learner = build({"moram": {"rank": 2, "top_k": 2, "grow_every": 100}}, protocol=FREE)
+        for experience in cases.experiences("bert", 3, rows=8):
+            learner.learn(experience)
+            if reset:
+                learner.services.router_log.reset()
+        counted.append(learner.methods[0].memories["0.query"].bank.usage)
+    assert torch.equal(*counted) and counted[0].sum() > 0
+
+
+@pytest.mark.parametrize("host", ["bert", "gpt2"])
+def test_a_loaded_learner_without_boundaries_goes_on_learning(host: str, tmp_path) -> None:
+    learner, made = build(GROWING, host, protocol=FREE), cases.experiences(host, 2, rows=8)
+    for experience in made:  # the last one is marked so
+        learner.learn(experience)
+    assert made[-1].last and learner.trainable_parameters() > 0
+    again = build(GROWING, host, protocol=FREE)
+    again.load_state_dict(*copied(learner.state_dict()))
+    assert differences(copied(again.state_dict()), copied(learner.state_dict())) == []
+    learner.save_pretrained(tmp_path / "kept")
+    kept = Learner.from_pretrained(tmp_path / "kept", *cases.build_host(host))
+    before = cases.outputs(kept, made)
+    assert torch.equal(before, cases.outputs(learner, made))
+    kept.partial_fit(list(made[0].train))
+    assert kept.counters.steps > 0 and not torch.equal(cases.outputs(kept, made), before)
+
+
+def test_a_state_whose_atoms_are_all_frozen_grows_new_ones_when_learning_begins() -> None:
+    learner, made = build({"moram": {"rank": 2}}), cases.experiences("bert", 2, rows=8)
+    learner.learn(made[0])
+    free = build({"moram": {"rank": 2, "grow_every": 100}}, protocol=FREE)
+    free.load_state_dict(*copied(learner.state_dict()))
+    bank = free.methods[0].memories["0.query"].bank
+    assert bank.new_size == 0
+    free.partial_fit(list(made[1].train))
+    assert bank.new_size == 2 and bool((bank.new_values != 0).any())
 
 
 def test_a_loaded_learner_draws_anew(tmp_path) -> None:
@@ -211,7 +299,7 @@ def told() -> tuple[Any, Any, Any]:
     made, states = cases.experiences("bert", 3, rows=12), []
 
     def on_step(loop: Any, _: Any) -> None:
-        if (loop.position.experience, loop.position.step) == (1, 2):
+        if (loop.position.experience, loop.position.step) == (2, 2):  # the router's sums are of one experience
             states.append(copied(loop.state_dict()))
 
     learner = _make()

@@ -29,6 +29,7 @@ class Layer(torch.nn.Module):
         self.bank = AtomBank(6, 6)
         generator = torch.Generator().manual_seed(0)
         self.bank.grow(3, owner=0, generator=generator)
+        self.bank.new_values.data.normal_(generator=generator)
         self.bank.grow(2, owner=1, generator=generator)
 
     def forward(self, x):
@@ -142,6 +143,23 @@ def test_a_grown_bank_extends_the_counts_and_a_shrunken_one_is_refused():
     assert log.usage("s").tolist() == [1, 0, 0, 0, 1]
     with pytest.raises(ValueError, match="reset"):
         log.add(Observation("s", routing([[0]], [[1.0]], size=3), 2))
+
+
+def test_usage_is_taken_once_and_follows_a_bank_that_drops_items():
+    log = RouterLog()
+    assert log.take_usage("s") is None
+    log.keep("s", torch.tensor([True]))  # nothing of this site was seen: nothing to number anew
+    log.add(Observation("s", routing([[0, 2]], [[0.5, 0.5]], size=3), 1))
+    log.add(Observation("s", routing([[3, 2]], [[0.5, 0.5]], size=4), 3))
+    taken = log.take_usage("s")
+    assert taken is not None and taken.tolist() == [1, 0, 2, 1] and log.take_usage("s") is None
+    log.add(Observation("s", routing([[3, 0]], [[0.5, 0.5]], size=4), 3))
+    log.keep("s", torch.tensor([True, False, True, True, True]))  # grown by one since
+    assert log.usage("s").tolist() == [2, 2, 2] and log.summary()["s"]["new_items"] == 1
+    taken = log.take_usage("s")
+    assert taken is not None and taken.tolist() == [1, 0, 1]
+    log.add(Observation("s", routing([[3, 0]], [[0.5, 0.5]], size=4), 3))
+    assert log.usage("s").tolist() == [3, 2, 2, 1]
 
 
 def test_an_empty_bank_and_an_empty_batch_give_zeros():

@@ -117,9 +117,12 @@ class LinearMemory(nn.Module):
         """
         self.bank.grow(r, owner, generator, self.scale)
 
-    def freeze(self) -> None:
-        """Makes the new atoms old, their values times `scale`; nothing is trainable then."""
-        self.bank.freeze(self.scale)
+    def freeze(self) -> Tensor | None:
+        """Makes the new atoms old, their values times `scale`, and drops those that were never trained.
+
+        Nothing is trainable then. Returns bool [N], True for the atoms that stayed; None if all did.
+        """
+        return self.bank.freeze(self.scale)
 
 
 def _same(old: Any, new: Any) -> bool:

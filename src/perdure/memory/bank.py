@@ -93,7 +93,7 @@ class AtomBank(nn.Module):
     # ---- growth
     @torch.no_grad()
     def grow(self, r: int, owner: int, generator: torch.Generator | None = None, scale: float = 1.0) -> None:
-        """Freezes what is new (folding `scale`) and adds r atoms: keys U(-1/sqrt(d_in), 1/sqrt(d_in)), values zero.
+        """Freezes what is new (see `freeze`) and adds r atoms: keys U(-1/sqrt(d_in), 1/sqrt(d_in)), values zero.
 
         Keys are drawn on the generator's device (CPU without one) in float32, so that a seed gives the same keys
         on every device and in every precision.
@@ -116,13 +116,30 @@ class AtomBank(nn.Module):
         self.usage = torch.cat([self.usage, self.usage.new_zeros(r)])
 
     @torch.no_grad()
-    def freeze(self, scale: float = 1.0) -> None:
-        """Makes the new atoms old: their values times `scale` join the buffers and no parameter row is left."""
+    def freeze(self, scale: float = 1.0) -> Tensor | None:
+        """Makes the new atoms old: their values times `scale` join the buffers and no parameter row is left.
+
+        Atoms whose value is all zero then are dropped, with owner and usage: they were never trained (an atom that
+        wins no place gets no gradient on its value, and decay leaves zero at zero), say nothing, and as old atoms
+        would compete in all later training.
+
+        Returns:
+            bool [N], True for the items that stayed; None if all did.
+        """
         if self.new_size == 0:
-            return
+            return None
+        alive = (self.new_values.detach() * scale != 0).any(-1)
+        kept = torch.cat([alive.new_ones(self.frozen_size), alive])
+        dropped = self.keep(kept)
         self.frozen_keys = torch.cat([self.frozen_keys, self.new_keys.detach()])
         self.frozen_values = torch.cat([self.frozen_values, self.new_values.detach() * scale])
         self._set_new(self.new_keys[:0].detach().clone(), self.new_values[:0].detach().clone())
+        return kept if dropped else None
+
+    @torch.no_grad()
+    def own_new(self, owner: int) -> None:
+        """Gives the new items to another write, or to `SHARED` where several writes have trained them."""
+        self.owners = torch.cat([self.owners[: self.frozen_size], self.owners.new_full((self.new_size,), owner)])
 
     def _set_new(self, keys: Tensor, values: Tensor) -> None:
         wanted = self.new_keys.requires_grad

@@ -88,13 +88,19 @@ class _Site:
     frozen: int = 0
     calls: int = 0
     unmasked: int = 0
+    untaken: Tensor | None = None  # float64 [N], what of `usage` nobody took
+
+
+def _longer(counts: Tensor, size: int) -> Tensor:
+    """Counts of a bank that has grown to `size` items since."""
+    return counts if counts.numel() == size else torch.cat([counts, counts.new_zeros(size - counts.numel())])
 
 
 @dataclass
 class RouterLog:
     """Adds up observations into statistics per site, on their device and without waiting for it.
 
-    Item numbers must mean the same throughout: `reset()` after items were dropped or merged.
+    Item numbers must mean the same throughout: `keep()` when items are dropped, `reset()` after a merge.
 
     Attributes:
         mask: [B, T] bool, True where a token counts; None counts all. It applies to routings with leading shape
@@ -151,8 +157,7 @@ class RouterLog:
                 f"router log of {site!r}: found {routing.size} items after {state.usage.numel()}; "
                 "call reset() after items were dropped or merged, and keep one log per view of a bank"
             )
-        if routing.size > state.usage.numel():
-            state.usage = torch.cat([state.usage, state.usage.new_zeros(routing.size - state.usage.numel())])
+        state.usage = _longer(state.usage, routing.size)
         state.calls += 1
         state.frozen = frozen
         leading = routing.indices.shape[:-1]
@@ -174,11 +179,36 @@ class RouterLog:
             1 - on, on, effective, top, is_open.sum(-1),
         ])  # fmt: skip
         state.sums += rows @ tokens
-        state.usage.index_add_(0, indices.reshape(-1), (is_open * tokens.unsqueeze(-1)).reshape(-1))
+        counts = torch.zeros_like(state.usage)
+        counts.index_add_(0, indices.reshape(-1), (is_open * tokens.unsqueeze(-1)).reshape(-1))
+        state.usage += counts
+        state.untaken = counts if state.untaken is None else _longer(state.untaken, routing.size) + counts
 
     def usage(self, site: str) -> Tensor:
-        """How often each item was selected with a weight above 0: float64 [N], to be committed to the bank."""
+        """How often each item was selected with a weight above 0: float64 [N]."""
         return self._sites[site].usage.clone()
+
+    def take_usage(self, site: str) -> Tensor | None:
+        """`usage` since the last call, to be committed to the bank after each step; None if nothing was counted.
+
+        What nobody took is no part of `state_dict`, and `reset` forgets it.
+        """
+        state = self._sites.get(site)
+        if state is None:
+            return None
+        counts, state.untaken = state.untaken, None
+        return counts
+
+    def keep(self, site: str, mask: Tensor) -> None:
+        """Numbers the items anew, as a bank does that keeps those where mask [N] is True and drops the others."""
+        state = self._sites.get(site)
+        if state is None:
+            return
+        mask = mask.to(state.usage.device)
+        state.usage = state.usage[mask[: state.usage.numel()]]
+        if state.untaken is not None:
+            state.untaken = state.untaken[mask[: state.untaken.numel()]]
+        state.frozen = int(mask[: state.frozen].sum())
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, dict[str, int]]]:
         """What was added up so far: tensors, and JSON values by site."""

@@ -24,10 +24,9 @@ layer inputs. Cost per token and layer: N · d_in for the scores and k · d_out 
 
 Deviations from the released code, all defects named in our notes on it: the value scale is folded into the values at
 freezing (the release halves them); atoms that were never trained take no part in evaluation (the release lets empty
-atoms of the next task take slots); parameters and optimizer state are new for each experience. `min_k` is 1 here, the
-release forces k ≥ 2 (`min_k: 2` gives that). On a stream without boundaries atoms are added every `grow_every` steps:
-ours.
-`protect` is ours as well.
+atoms of the next task take slots) and do not freeze; parameters and optimizer state are new for each experience.
+`min_k` is 1 here, the release forces k ≥ 2 (`min_k: 2` gives that). On a stream without boundaries atoms are added
+every `grow_every` steps: ours. Atoms that two writes trained there belong to neither. `protect` is ours as well.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ from ._protection import InputProtection
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..data import Batch
     from ..hosts import Handle, Host
     from ..layers import LinearMemory
     from ..streams import Experience
@@ -120,10 +120,17 @@ class MoRAM(Method):
         return [{"params": named, "weight_decay": 0.0}]
 
     # ---- growth
-    def _grow(self) -> None:
+    def _freeze(self) -> None:
+        for name, memory in self.memories.items():
+            kept = memory.freeze()
+            if kept is not None:
+                self.loop.router_log.keep(name, kept)
+
+    def _grow(self, owner: int) -> None:
+        self._freeze()
         for memory in self.memories.values():
-            memory.freeze()
-            memory.grow(self.config.rank, self.loop.write_id, self.loop.generator)
+            memory.grow(self.config.rank, owner, self.loop.generator)
+        self.values["writers"] = []  # writes that have trained the new atoms
         if self._protection:
             self._protection.project(self._new_keys())
 
@@ -134,29 +141,49 @@ class MoRAM(Method):
             )
         if not self.loop.knows_boundaries and self.config.protect is not None:
             raise BadInput("method.moram.protect: needs boundaries to know which inputs are old; remove it")
-        self._grow()
+        self._grow(self.loop.write_id)
+
+    def before_step(self, batch: Batch) -> Batch:
+        # Without boundaries nobody says that learning begins again, on a state whose atoms are all frozen.
+        if not self.loop.knows_boundaries and not any(memory.bank.new_size for memory in self.memories.values()):
+            self._grow(self.loop.write_id)
+            self.loop.parameters_changed()
+        return batch
 
     def after_update(self, before: dict[str, Tensor]) -> None:
+        if not self.loop.knows_boundaries:
+            self._claim(self.loop.write_id)
         # After the optimizer's step, so that momentum and weight decay cannot leave the null space.
         if self._protection:
             self._protection.project(self._new_keys())
 
+    def _claim(self, write: int) -> None:
+        """New atoms belong to the write that trains them, and to no single one as soon as a second one does."""
+        from ..memory import SHARED
+
+        writers = self.values.get("writers", [])
+        if writers[-1:] == [write]:
+            return
+        self.values["writers"] = writers = [*writers, write]
+        if len(writers) > 1:
+            shared = self.values.get("shared", [])
+            self.values["shared"] = shared + [each for each in writers[-2:] if each not in shared[-1:]]
+        for memory in self.memories.values():
+            memory.bank.own_new(write if len(writers) == 1 else SHARED)
+
     def after_step(self) -> None:
+        for name, memory in self.memories.items():
+            counts = self.loop.router_log.take_usage(name)  # of a logged step
+            if counts is not None:
+                memory.bank.add_usage(counts)
         every = self.config.grow_every
         if every is not None and (self.loop.step + 1) % every == 0:
-            self._grow()
+            self._grow(self.loop.write_id)
             self.loop.parameters_changed()
 
     def after_experience(self, experience: Experience) -> None:
-        import torch
-
-        log = self.loop.router_log
-        for name, memory in self.memories.items():
-            if name in log.sites:  # counted on the logged steps of this experience
-                counts = log.usage(name)
-                # Atoms that grew after the last logged step are not in the log.
-                memory.bank.add_usage(counts, torch.arange(counts.numel(), device=counts.device))
-            memory.freeze()
+        if self.loop.knows_boundaries:  # else new atoms go on learning until the next growth
+            self._freeze()
         if self._protection and not experience.last:
             self._protection.observe(self._sites, experience.train)
 
@@ -165,7 +192,17 @@ class MoRAM(Method):
         """`forget` with {"write": id}: drops the atoms of that write from every layer; returns how many went."""
         if kind != "forget":
             return super().on_request(kind, payload)
-        return sum(memory.bank.drop(int(payload["write"])) for memory in self.memories.values())
+        write = int(payload["write"])
+        if write in self.values.get("shared", []):
+            raise BadInput(
+                f"forget: write {write} trained atoms that other writes trained too, since the stream has no "
+                "boundaries; they have no single owner, so it cannot be taken back alone; use `perdure undo` or an "
+                "older state"
+            )
+        gone = sum(memory.bank.drop(write) for memory in self.memories.values())
+        if not self.loop.knows_boundaries and not any(memory.bank.new_size for memory in self.memories.values()):
+            self._grow(self.loop.write_id + 1)  # no boundary will come that would do it
+        return gone
 
     def plasticity(self) -> dict[str, float]:
         if not self._protection:
