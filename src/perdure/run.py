@@ -273,6 +273,7 @@ class Run:
         learner = self.learner
         learner.position.phase = "evaluate"
         started = time.perf_counter()
+        self._refuse_non_finite(learner.learnt_state()[0])  # not of what trains alone: a bank has frozen its atoms
         try:
             self._stop_if_asked()
             probe = self._probe(experience)
@@ -351,13 +352,14 @@ class Run:
         observed = bool(learner.services.router_log.sites)
         rows = list(experience.train[:PROBE_ROWS])
         if learner.head is not None:
+            probe.features = learner.features(rows)
+            self._refuse_non_finite({"features": probe.features})
             if learner.protocol.boundaries == "train" and not learner.caches_features:
                 moved = [
                     feature_drift(before, learner.features(self.stream.experience(index).train[:PROBE_ROWS]))
                     for index, before in sorted(self.probes.items())
                 ]
                 probe.drift = sum(moved) / len(moved) if moved else None
-            probe.features = learner.features(rows)
         if observed:
             learner.observe(rows, log)
             training, answers = learner.services.router_log.summary(), log.summary()
@@ -377,13 +379,16 @@ class Run:
             self.learner.services.router_log.reset()
 
     # ---- state
-    def _save(self, boundary: int | None = None, report: dict[str, Any] | None = None) -> None:
-        for name, parameter in self.learner.named_trainable():
-            if not bool(torch.isfinite(parameter).all()):
+    def _refuse_non_finite(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteLoss(
                     f"{name}: holds NaN or infinity after step {self.learner.counters.steps}; the last good state is "
                     "kept. Lower training.learning_rate, or set training.max_grad_norm"
                 )
+
+    def _save(self, boundary: int | None = None, report: dict[str, Any] | None = None) -> None:
+        self._refuse_non_finite(self.learner.learnt_state()[0])
         tensors, values = self.learner.state_dict()
         tensors |= {f"probe/{index}": probe for index, probe in self.probes.items()}
         values["run"] = {

@@ -66,11 +66,14 @@ def undo(folder: str | Path, to: int | None = None) -> int:
         if to not in kept:
             listed = ", ".join(map(str, kept)) or "none"
             raise BadInput(f"--to {to}: no state from before experience {to} was kept; kept: {listed}")
-        then = store.rollback(boundary=to).values["run"]
+        # In this order a kill anywhere leaves a run that goes on from its newest state: no report says "complete" once
+        # a state is gone, and no state counts on losses that are gone.
+        then = store.load(boundary=to).values["run"]
+        _put_report_back(folder, then)
+        (folder / PAGE_FILE).unlink(missing_ok=True)
+        store.rollback(boundary=to)
         if (folder / LOSSES_FILE).exists():
             truncate(folder / LOSSES_FILE, then["losses_bytes"])
-        (folder / PAGE_FILE).unlink(missing_ok=True)
-        _put_report_back(folder, then)
     return to
 
 
@@ -82,7 +85,8 @@ def _put_report_back(folder: Path, then: dict[str, Any]) -> None:
     from .report.build import write_json
     from .run_report import read_losses
 
-    write_json(folder / REPORT_FILE, {**report, "curves": {"loss": read_losses(folder / LOSSES_FILE)}})
+    losses = read_losses(folder / LOSSES_FILE, then["losses_bytes"])
+    write_json(folder / REPORT_FILE, {**report, "curves": {"loss": losses}})
 
 
 def refuse_foreign_folder(folder: Path, recipe: Recipe) -> None:

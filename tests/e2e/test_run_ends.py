@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from perdure import run_folder
 from perdure.state import RunLock, StateStore
 
 from . import tiny
@@ -161,12 +163,66 @@ def test_undo_further_back_and_to_the_start(again, whole, tmp_path, nursery):
     assert tiny.differences(whole / "run", tmp_path / "run") == []
 
 
+@pytest.mark.parametrize("where", ["report", "page", "first state", "second state", "losses"])
+def test_an_undo_that_is_killed_leaves_a_run_that_goes_on(again, whole, tmp_path, monkeypatch, where):
+    shutil.copytree(whole / "run", tmp_path / "run")
+    seen = []
+
+    def killed(real):
+        def call(*arguments, **options):
+            seen.append(real)
+            if len(seen) == (2 if where == "second state" else 1):
+                raise MemoryError("stands for signal 9")
+            return real(*arguments, **options)
+
+        return call
+
+    where_from = {"report": (run_folder, "_put_report_back"), "losses": (run_folder, "truncate")}
+    where_from["page"] = StateStore, "rollback"
+    owner, name = where_from.get(where, (StateStore, "_discard"))
+    monkeypatch.setattr(owner, name, killed(getattr(owner, name)))
+    with pytest.raises(MemoryError):
+        run_folder.undo(tmp_path / "run")
+    gone = 3 not in StateStore(tmp_path / "run" / "state").boundaries()
+    assert gone == (where in ("second state", "losses"))
+    assert not gone or tiny.report(tmp_path / "run")["status"] != "complete"
+    assert again().code == 0
+    assert tiny.differences(whole / "run", tmp_path / "run") == []
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 # ---- limits
 def test_a_loss_that_is_not_finite_ends_with_70_and_keeps_the_last_good_state(again, tmp_path):
     done = again("training.learning_rate=1e30", "training.max_grad_norm=null")
     assert done.code == 70 and "Traceback" not in done.output
     tensors = StateStore(tmp_path / "run" / "state").load().tensors
     assert all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
+
+
+OVERFLOW = """
+from perdure.methods import Method, register
+
+@register("overflow")
+class Overflow(Method):
+    '''One weight of the bank becomes VALUE in the last step of the first experience.'''
+
+    def after_update(self, before):
+        if self.loop.step == 4:
+            weights = dict(self.loop.host.model.named_parameters())
+            next(w for name, w in weights.items() if name.endswith("new_values")).view(-1)[0] = VALUE
+"""
+
+
+@pytest.mark.parametrize(("value", "what"), [("float('inf')", "frozen_values"), ("3e38", "features")])
+def test_a_weight_that_overflows_in_the_last_step_ends_with_70_and_is_not_saved(value, what, tmp_path, nursery):
+    (tmp_path / "overflow.py").write_text(OVERFLOW.replace("VALUE", value))
+    training = {"max_grad_norm": None, "save_steps": None}
+    recipe = str(tiny.write_recipe(tmp_path, [{"moram": tiny.MORAM}, "overflow"], training=training))
+    done = nursery.run(tmp_path, "run", recipe, "output_dir=run", QUIET, "--import", "overflow.py")
+    assert done.code == 70 and f"{what}: holds NaN or infinity after step 5" in done.output, done.output
+    state = StateStore(tmp_path / "run" / "state").load()
+    assert state.step == 0 and all(bool(t.isfinite().all()) for t in state.tensors.values() if t.is_floating_point())
+    assert not (tmp_path / "run" / "report.json").exists()
 
 
 NAN = """
