@@ -109,6 +109,14 @@ FILES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "missing label": (_line('{"text": "oak"}'), ("train.jsonl", "4", "label")),
     "missing text": (_line('{"label": "kind0", "txt": "oak"}'), ("train.jsonl, line 4", "text")),
     "text is a number": (_line('{"label": "kind0", "text": 5}'), ("text", "5")),
+    "blank label": (_line('{"text": "oak", "label": " "}'), ("train.jsonl, line 4", "'label'", "leave the row out")),
+    "label is no number": (_line('{"text": "oak", "label": NaN}'), ("train.jsonl, line 4", "'label' is nan")),
+    "half a character": (
+        _line('{"text": "oak \\ud83d", "label": "kind0"}'),
+        ("train.jsonl, line 4", "'text'", "ud83d"),
+    ),
+    "too many digits": (_line('{"text": "oak", "label": ' + "1" * 5000 + "}"), ("train.jsonl, line 4", "digits")),
+    "nested without end": (_line('{"text": ' + "[" * 99_999), ("train.jsonl, line 4", "nested too deeply")),
     "half a line": (_line('{"label": "kind0", "te'), ("train.jsonl", "4")),
     "no UTF-8": (lambda path: path.write_bytes(b'{"label": "\xff", "text": "oak"}\n'), ("train.jsonl", "UTF-8")),
     "empty file": (lambda path: path.write_bytes(b""), ("train.jsonl",)),
@@ -139,10 +147,23 @@ def test_a_wrong_row_of_the_last_experience_is_found_before_the_first_is_learnt(
     refused(tmp_path, capsys, recipe, "experience 2", "train row 19", "'text'")
 
 
-def test_an_experience_without_rows(tmp_path, capsys):
+def test_an_experience_of_an_unknown_class(tmp_path, capsys):
     recipe = tiny.settings(tmp_path, "lora")
     recipe["stream"] |= {"experiences": [["kind0", "kind1"], ["kind9"]], "classes": [*(f"kind{n}" for n in range(10))]}
     refused(tmp_path, capsys, recipe, "kind9")
+
+
+def test_an_experience_without_classes(tmp_path, capsys):
+    recipe = tiny.settings(tmp_path, "lora")
+    recipe["stream"]["experiences"] = [["kind0", "kind1"], []]
+    refused(tmp_path, capsys, recipe, "experiences.1", "is empty", "name at least one label")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_experience_without_rows(tmp_path, capsys, split):
+    recipe = tiny.settings(tmp_path, "moram", **tiny.language(tmp_path))
+    (tmp_path / f"{split}1.jsonl").write_text("\n\n")
+    refused(tmp_path, capsys, recipe, f"{split}1.jsonl", "is empty", "at least one row")
 
 
 # ---- model folders

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
+import json
 import tempfile
 from collections import Counter
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +23,7 @@ from perdure.streams.scenarios import (
     group_classes,
     online,
 )
+from perdure.streams.sources import Reading, read_rows
 from perdure.streams.spool import decode_value, encode_value, frame, unframe
 
 LABELS = st.lists(st.integers(0, 9).map(str), min_size=1, max_size=60)
@@ -128,6 +134,39 @@ def test_the_hash_changes_if_and_only_if_rows_change(parts, draw):
     assert build([*content[:i], (train, test[1:]), *content[i + 1 :]]) != base
     if len(train) > 1:
         assert build([*content[:i], ([*train[1:], train[0]], test), *content[i + 1 :]]) != base
+
+
+WORDS = st.text(st.characters(codec="utf-8"), max_size=12)
+TABLE = st.lists(st.tuples(WORDS, WORDS.filter(str.strip)), min_size=1, max_size=8)
+
+
+@LAWS
+@given(TABLE, st.sampled_from(["jsonl", "csv", "tsv", "parquet"]), st.booleans(), st.booleans(), st.booleans())
+def test_rows_survive_every_format(table, kind, packed, named, marked):
+    """Any text and label, whatever the format, its packing, its ending and a byte-order mark."""
+    made = [{"text": text, "label": label} for text, label in table]
+    data = written(made, kind)
+    data = b"\xef\xbb\xbf" + data if marked and kind != "parquet" else data
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / (f"rows.{kind}" if named else "rows.data")
+        path.write_bytes(gzip.compress(data, 1) if packed else data)
+        assert [dict(row) for row in read_rows(path, Reading(required=("label",)), kind=kind)] == made
+
+
+def written(made, kind):
+    if kind == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(made), buffer)
+        return buffer.getvalue()
+    if kind == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=len(made) % 2 == 0) + "\n" for row in made).encode()
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t" if kind == "tsv" else ",")
+    writer.writerows([["text", "label"], *([row["text"], row["label"]] for row in made)])
+    return text.getvalue().encode()
 
 
 VALUES = st.recursive(

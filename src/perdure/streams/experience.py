@@ -50,7 +50,7 @@ class Experience:
         else:
             object.__setattr__(self, "classes", tuple(str(label) for label in self.classes))
         if not self.hash:
-            object.__setattr__(self, "hash", hash_rows(self.train, self.valid, self.test))
+            object.__setattr__(self, "hash", hash_rows(self.train, self.valid, self.test, f"{where}, "))
 
     def with_rows(self, **splits: Rows) -> Experience:
         """A copy with other `train`, `test` or `valid` rows and its own hash; the classes stay."""

@@ -75,6 +75,8 @@ class ImageRow(Mapping[str, Any]):
                 return self.source.read_bytes()
             except OSError as error:
                 raise BadInput(f"{self.where}: cannot read {self.source}: {error.strerror}; restore the file") from None
+            except ValueError as error:  # a NUL or half a character in the path
+                raise BadInput(f"{self.where}: {str(self.source)!r} is no path ({error}); correct it") from None
         return self.source if isinstance(self.source, bytes) else None
 
 
@@ -84,17 +86,37 @@ def decode_image(data: bytes | None, where: str) -> np.ndarray:
     Raises:
         BadInput: Pillow is missing, or the bytes are not a picture.
     """
-    import numpy as np
-
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError:
         raise BadInput(f'{where}: reading images needs Pillow; run: pip install "perdure[vision]"') from None
     try:
         with Image.open(io.BytesIO(data or b"")) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            return from_pillow(picture, where)
+    except BadInput:
+        raise
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise BadInput(f"{where}: the image cannot be decoded ({error}); replace or remove the file") from None
+
+
+def from_pillow(picture: Any, where: str) -> np.ndarray:
+    """A Pillow picture -> [H, W, 3] uint8; of 16 bits the upper 8 are kept, where Pillow would clip to white.
+
+    Raises:
+        BadInput: pixels of 32 bits are outside 0..255.
+    """
+    import numpy as np
+
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+        return to_hwc((np.asarray(picture) >> 8).astype(np.uint8), where)
+    if picture.mode in ("I", "F"):
+        low, high = picture.getextrema()
+        if not (low >= 0 and high <= 255):
+            raise BadInput(
+                f"{where}: the image has {picture.mode} pixels (32 bits) from {low} to {high}, expected 0 to 255; "
+                "scale it and save it with 8 bits"
+            )
+    return np.asarray(picture.convert("RGB"))
 
 
 def to_hwc(array: Any, where: str) -> np.ndarray:
@@ -120,14 +142,34 @@ def to_hwc(array: Any, where: str) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
 
 
+def check_text(text: str, field: str, where: str) -> None:
+    """Text must be writable as UTF-8, which half a surrogate pair (JSON can hold one) is not.
+
+    Raises:
+        BadInput: `text` holds half a surrogate pair.
+    """
+    if text.isascii():  # known without a look at the characters
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(
+            f"{where}: field {field!r} holds half a character (the lone surrogate \\u{ord(text[error.start]):04x} at "
+            f"position {error.start}); write the whole character or remove it"
+        ) from None
+
+
 def as_label(value: Any, where: str) -> str:
     """Labels are text: 3 becomes "3".
 
     Raises:
-        BadInput: the label is missing or is not a single value.
+        BadInput: the label is missing or blank, or is not a single value.
     """
     if isinstance(value, str):
-        return value
+        if not value.strip():
+            raise BadInput(f"{where}: field 'label' is {str(value)!r}; give the row a label or leave the row out")
+        check_text(value, "label", where)
+        return str(value)
     if callable(getattr(value, "item", None)):  # a NumPy or torch scalar
         try:
             value = value.item()
@@ -135,33 +177,39 @@ def as_label(value: Any, where: str) -> str:
             raise BadInput(f"{where}: field 'label' holds several values, expected one") from None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, (str, int)):
-        return str(value)
+    if isinstance(value, str):
+        return as_label(value, where)
+    if isinstance(value, int):
+        try:
+            return str(value)
+        except ValueError:  # Python writes no more than some thousand digits
+            raise BadInput(f"{where}: field 'label' is a number of too many digits; give it as text") from None
     raise BadInput(f"{where}: field 'label' is {value!r}, expected text or a whole number")
+
+
+def relabel(row: Row, label: str) -> Row:
+    """A copy of `row` with another label."""
+    if isinstance(row, ImageRow):
+        return ImageRow({**row.fields, "label": label}, row.source, row.where)
+    return {**row, "label": label}
 
 
 def as_row(row: Any, where: str) -> Row:
     if not isinstance(row, Mapping):
         raise BadInput(f"{where}: expected a mapping such as {{'text': ..., 'label': ...}}, found {type(row).__name__}")
-    if "label" in row and not isinstance(row["label"], str):
+    for name in ("text", "prompt", "answer"):
+        if isinstance(value := row.get(name), str):
+            check_text(value, name, where)
+    if "label" in row:
         label = as_label(row["label"], where)
-        row = (
-            ImageRow({**row.fields, "label": label}, row.source, row.where)
-            if isinstance(row, ImageRow)
-            else {
-                **row,
-                "label": label,
-            }
-        )
+        row = row if label is row["label"] else relabel(row, label)
     if isinstance(row, ImageRow) or "image" not in row:
         return row
     image = row["image"]
     if isinstance(image, str):
         image = Path(image)
     elif hasattr(image, "convert") and hasattr(image, "tobytes"):  # a Pillow picture
-        import numpy as np
-
-        image = np.asarray(image.convert("RGB"))
+        image = from_pillow(image, where)
     elif not isinstance(image, (bytes, Path)):
         image = to_hwc(image, where)
     return ImageRow(row, image, where)
@@ -220,14 +268,14 @@ def _feed_value(digest: Any, value: Any, where: str) -> None:
         _feed(digest, b"f", struct.pack("<d", value))
     elif isinstance(value, (bytes, bytearray)):
         _feed(digest, b"y", bytes(value))
-    elif hasattr(value, "dtype") and hasattr(value, "tobytes"):
+    elif hasattr(value, "dtype") and hasattr(value, "tobytes") and value.dtype.kind != "O":  # those are addresses
         _feed(digest, b"a", f"{value.dtype.str}{list(value.shape)}".encode())
         _feed(digest, b"y", value.tobytes())
     elif isinstance(value, Mapping):
         _feed(digest, b"d", str(len(value)).encode())
         for key in sorted(value, key=str):
             _feed(digest, b"k", str(key).encode("utf-8", "surrogatepass"))
-            _feed_value(digest, value[key], where)
+            _feed_value(digest, value[key], f"{where}, field {key!r}")
     elif isinstance(value, (list, tuple)):
         _feed(digest, b"l", str(len(value)).encode())
         for item in value:
@@ -240,19 +288,27 @@ def _feed_value(digest: Any, value: Any, where: str) -> None:
 
 
 def feed_row(digest: Any, row: Row, where: str = "row") -> None:
-    """Adds one row to a running hash: every field by name and value, images by their bytes."""
+    """Adds one row to a running hash: every field by name and value, images by their bytes.
+
+    Raises:
+        BadInput: a field holds what cannot be stored.
+    """
     if isinstance(row, ImageRow):
         encoded = row.encoded()
-        _feed_value(digest, {**row.fields, "image": row.image if encoded is None else encoded}, where)
-    else:
+        row = {**row.fields, "image": row.image if encoded is None else encoded}
+    try:
         _feed_value(digest, row, where)
+    except BadInput:
+        raise
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of too many digits
+        raise BadInput(f"{where}: holds a value that cannot be stored ({error}); leave the field out") from None
 
 
-def hash_rows(train: Rows, valid: Rows, test: Rows) -> str:
-    """sha256 (hex) over the rows in order, split by split."""
+def hash_rows(train: Rows, valid: Rows, test: Rows, where: str = "") -> str:
+    """sha256 (hex) over the rows in order, split by split; `where` is how errors name the rows."""
     digest = hashlib.sha256()
     for split, rows in (("train", train), ("valid", valid), ("test", test)):
         _feed(digest, b"S", f"{split}{len(rows)}".encode())
         for i, row in enumerate(rows):
-            feed_row(digest, row, f"{split} row {i}")
+            feed_row(digest, row, f"{where}{split} row {i}")
     return digest.hexdigest()

@@ -15,12 +15,14 @@ from typing import IO, Any, Literal
 
 from ..data import Row, Rows
 from ..errors import BadInput
-from .rows import CheckedRows, as_row
+from .arrow import arrow_records
+from .rows import CheckedRows, as_row, check_text
 from .scenarios import Splits
 
 TYPES = ("jsonl", "csv", "tsv", "parquet", "npz", "txt", "images")
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".npz": "npz"}
 _SUFFIXES |= {".txt": "txt", ".text": "txt", ".md": "txt"}
+_LARGEST = 2**31 - 1  # of a cell: what the C long of every platform holds
 TextUnit = Literal["blocks", "lines", "paragraphs"]
 
 
@@ -65,13 +67,18 @@ def file_type(path: Path, declared: str | None = None) -> str:
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """Opens a file that may be compressed with gzip.
+    """Opens a file that may be compressed with gzip, whatever its name.
 
     Raises:
         BadInput: it does not exist or cannot be opened.
     """
     try:
-        return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+        if path.suffix.lower() != ".gz":
+            file = path.open("rb")
+            if file.peek(2)[:2] != b"\x1f\x8b":  # neither UTF-8 nor parquet nor npz begins so
+                return file
+            file.close()
+        return gzip.open(path, "rb")  # type: ignore[return-value]
     except FileNotFoundError:
         raise BadInput(f"{path}: there is no such file; correct the path") from None
     except OSError as error:
@@ -112,11 +119,15 @@ def to_row(record: Mapping[str, Any], how: Reading, where: str) -> Row:
         rest = {key: value for key, value in record.items() if key not in used and key not in how.fields}
         record = {**{name: record[own] for name, own in how.fields.items()}, **rest}
     for name in how.required:
-        if record.get(name) is None:
+        if name in record and (record[name] is None or not str(record[name]).strip()):
+            raise BadInput(f"{where}: field {name!r} has no value; give the row one or leave the row out")
+        if name not in record:
             raise BadInput(
                 f"{where}: has no field {name!r}; found {_names(record)}; "
                 f"say which one it is: fields: {{{name}: <name in the file>}}"
             )
+        if isinstance(record[name], str):
+            check_text(record[name], name, where)
     if not any(name in record for name in ("text", "image", "prompt")):
         raise BadInput(
             f"{where}: has none of the fields text, image, prompt; found {_names(record)}; "
@@ -145,13 +156,18 @@ def read_rows(path: Path, how: Reading, split: str = "train", kind: str | None =
     if kind == "txt":
         rows: Rows = text_rows(read_text(path), how, split, str(path))
     elif kind in ("jsonl", "csv", "tsv", "parquet"):
-        records = {"jsonl": _jsonl, "csv": _csv, "tsv": _csv, "parquet": _parquet}[kind](path)
-        rows = CheckedRows(to_row(record, how, f"{path}, {place}") for place, record in records)
+        rows = CheckedRows(to_row(record, how, f"{path}, {place}") for place, record in _records(path, kind, how))
     else:
         raise BadInput(f"{path}: a file of type {kind} cannot stand here; give jsonl, csv, parquet or txt")
     if not len(rows):
         raise BadInput(f"{path}: is empty; it needs at least one row")
     return rows
+
+
+def _records(path: Path, kind: str, how: Reading) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if kind == "jsonl":
+        return _jsonl(path)
+    return _parquet(path, how) if kind == "parquet" else _csv(path, "\t" if kind == "tsv" else ",")
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -175,17 +191,22 @@ def _json_record(line: bytes, path: Path, number: int) -> Mapping[str, Any]:
     except json.JSONDecodeError as error:
         torn = "" if line.endswith(b"\n") else "; the file seems cut off here"
         raise BadInput(f"{path}, line {number}: is not JSON ({error.msg}, column {error.colno}){torn}") from None
+    except RecursionError:
+        raise BadInput(f"{path}, line {number}: lists or objects are nested too deeply; flatten them") from None
+    except ValueError:  # Python reads no more than some thousand digits
+        raise BadInput(f"{path}, line {number}: a number has too many digits; write it as text") from None
     if not isinstance(record, dict):
         raise BadInput(f"{path}, line {number}: expected an object {{...}}, found {type(record).__name__}")
     return record
 
 
-def _csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    tabs = ".tsv" in [suffix.lower() for suffix in path.suffixes]
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t" if tabs else ",", strict=True)
+def _csv(path: Path, delimiter: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    text = read_text(path)
+    csv.field_size_limit(max(csv.field_size_limit(), min(len(text), _LARGEST)))  # a cell may be a whole document
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        header = next(reader, None)
-        if not header:
+        header = next(filter(None, reader), None)
+        if header is None:
             return
         if len(set(header)) < len(header):
             raise BadInput(f"{path}, line 1: a column name occurs twice in {header}; rename one")
@@ -202,21 +223,19 @@ def _csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise BadInput(f"{path}, line {reader.line_num}: is not readable as csv ({error}); close quotes") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet(path: Path, how: Reading) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise BadInput(f'{path}: reading parquet needs pyarrow; run: pip install "perdure[data]"') from None
     try:
-        table = parquet.read_table(io.BytesIO(read_bytes(path)))
+        table = parquet.ParquetFile(io.BytesIO(read_bytes(path))).read()
+        yield from arrow_records(table, how.fields, how.required, str(path))
+    except UnicodeDecodeError as error:  # parquet does not check what it is given as text
+        raise BadInput(f"{path}: holds text that is not UTF-8 ({error}); convert it or fetch the file again") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise BadInput(f"{path}: is not a whole parquet file ({str(error).splitlines()[0]}); fetch it again") from None
-    for number, record in enumerate(table.to_pylist()):
-        image = record.get("image")
-        if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):  # how `datasets` stores pictures
-            record = {**record, "image": image["bytes"]}
-        yield f"row {number}", record
 
 
 # ---- plain text
@@ -260,7 +279,7 @@ def read_path(
     Args:
         path: training rows; an npz file or an image folder may hold the other splits too.
         test, valid: files of the same kind.
-        kind: one of `TYPES`, where the ending does not tell.
+        kind: one of `TYPES`; wins over the ending.
         how: fields and text settings.
 
     Raises:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..data import Rows
 from ..errors import BadInput
+from .arrow import arrow_records
 from .rows import CheckedRows
 from .scenarios import Splits
 from .sources import Reading, to_row
@@ -53,19 +54,10 @@ def read_hub(
                 f"source.hf: {hf!r}, split {name!r}, cannot be loaded ({type(error).__name__}: {reason}); "
                 "check the id, the split and the network, or load it once with a network so that it is in the cache"
             ) from error
-        table = _undecoded(table, datasets)
         names = _class_names(table.features, how.fields.get("label", "label"))
         splits[split] = _rows(table, names, how, f"{hf}, {name}")
         classes = classes or tuple(names)
     return Splits(hf.rstrip("/").rsplit("/", 1)[-1], **splits, classes=classes, details={"revision": revision})
-
-
-def _undecoded(table: Any, datasets: Any) -> Any:
-    """Images stay encoded until a row is read."""
-    for key, feature in table.features.items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(key, datasets.Image(decode=False))
-    return table
 
 
 def _class_names(features: Mapping[str, Any], label: str) -> list[str]:
@@ -74,17 +66,14 @@ def _class_names(features: Mapping[str, Any], label: str) -> list[str]:
 
 def _rows(table: Any, names: list[str], how: Reading, where: str) -> Rows:
     label = how.fields.get("label", "label")
-    image = how.fields.get("image", "image")
     made = []
-    for i, record in enumerate(table):
-        record = dict(record)
+    plain = table.with_format("arrow")[:]  # pictures stay encoded until a row is read
+    for place, record in arrow_records(plain, how.fields, how.required, where):
         if names and isinstance(record.get(label), int):
             if not 0 <= record[label] < len(names):
                 raise BadInput(
-                    f"{where}, row {i}: has no label (class number {record[label]}); choose a labelled split"
+                    f"{where}, {place}: has no label (class number {record[label]}); choose a labelled split"
                 )
             record[label] = names[record[label]]
-        if isinstance(record.get(image), dict):
-            record[image] = record[image].get("bytes") or record[image].get("path")
-        made.append(to_row(record, how, f"{where}, row {i}"))
+        made.append(to_row(record, how, f"{where}, {place}"))
     return CheckedRows(made)

@@ -6,12 +6,13 @@ import io
 import itertools
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput
-from .rows import CheckedRows, ImageRow, as_label, sort_labels, to_hwc
+from .rows import CheckedRows, ImageRow, as_label, check_text, sort_labels, to_hwc
 from .scenarios import Splits
 from .sources import Reading, read_bytes
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "valid": "valid", "val": "valid"}
 _SPLITS = ("train", "valid", "test")
+# What NumPy and zipfile raise on damaged files; a header is Python source, and a flipped bit reads as encryption.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, SyntaxError, TokenError, RuntimeError)
 
 
 def load_npz(path: Path) -> Mapping[str, Any]:
@@ -32,14 +35,29 @@ def load_npz(path: Path) -> Mapping[str, Any]:
     import numpy as np
 
     try:
-        with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise BadInput(f"{path}: holds a single array, expected an npz file with x and y")
-            return {key: file[key] for key in file.files}
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError) as error:
+        file = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
+        if not hasattr(file, "files"):
+            raise BadInput(f"{path}: holds a single array, expected an npz file with x and y; save it with savez")
+        with file:
+            arrays = {key: file[key] for key in file.files}
+            return {key: _decoded(array) for key, array in arrays.items() if hasattr(array, "dtype")}
+    except BadInput:
+        raise
+    except _DAMAGED as error:
         raise BadInput(f"{path}: is not a whole npz file ({error}); fetch it again") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: has text that is not UTF-8 ({error}); save it as str") from None
     except ValueError as error:
-        raise BadInput(f"{path}: cannot be read without pickle ({error}); save plain arrays") from None
+        if "pickle" in str(error):
+            raise BadInput(f"{path}: cannot be read without pickle ({error}); save plain arrays") from None
+        raise BadInput(f"{path}: is not a whole npz file ({error}); fetch it again") from None
+
+
+def _decoded(array: np.ndarray) -> np.ndarray:
+    """Text that was stored as bytes, as UTF-8."""
+    import numpy as np
+
+    return np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
 
 
 def read_npz(path: Path, how: Reading, name: str) -> Splits:
@@ -50,7 +68,8 @@ def read_npz(path: Path, how: Reading, name: str) -> Splits:
     rename `x` (image or text) and `y` (label).
 
     Raises:
-        BadInput: keys are missing, lengths differ, or a label is outside `class_names`.
+        BadInput: keys are missing, there are no rows, lengths differ, or `class_names` is given and a label is neither
+            an index into it nor one of it.
     """
     arrays = load_npz(path)
     x = how.fields.get("image", how.fields.get("text", "x"))
@@ -65,11 +84,21 @@ def read_npz(path: Path, how: Reading, name: str) -> Splits:
             f"{path}: has no arrays {x!r} and {y!r}, {x}_train and {y}_train, or train_jpeg and train_offsets; "
             f"found {', '.join(arrays)}; name them: fields: {{image: ..., label: ...}}"
         )
-    classes = tuple(str(label) for label in arrays.get("class_names", ()))
+    if not splits["train"]:
+        raise BadInput(f"{path}: has no training rows; it needs at least one")
+    classes = _names(arrays, "class_names", path)
     if not classes and "label" in splits["train"][0]:
         classes = tuple(sort_labels(row["label"] for row in splits["train"]))
-    domains = tuple(str(domain) for domain in arrays.get("domain_names", ()))
-    return Splits(name, **splits, classes=classes, domains=domains)
+    return Splits(name, **splits, classes=classes, domains=_names(arrays, "domain_names", path))
+
+
+def _names(arrays: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:
+    names = arrays.get(key)
+    if names is None:
+        return ()
+    if names.ndim != 1:
+        raise BadInput(f"{path}: {key} has shape {list(names.shape)}, expected one name for each index")
+    return tuple(as_label(name, f"{path}, {key}") for name in names)
 
 
 def _find_keys(arrays: Mapping[str, Any], split: str, x: str, y: str) -> dict[str, str] | None:
@@ -84,13 +113,13 @@ def _find_keys(arrays: Mapping[str, Any], split: str, x: str, y: str) -> dict[st
 
 
 def _npz_rows(arrays: Mapping[str, Any], keys: Mapping[str, str], path: Path, split: str) -> Iterator[Any]:
-    names, domain_names = arrays.get("class_names"), arrays.get("domain_names")
+    names, domain_names = _names(arrays, "class_names", path), _names(arrays, "domain_names", path)
     items = _texts_or_images(arrays, keys, path)
     for kind in ("y", "domain"):
-        if kind in keys and len(arrays[keys[kind]]) != len(items):
-            raise BadInput(
-                f"{path}: {keys[kind]} has {len(arrays[keys[kind]])} entries, but there are {len(items)} rows"
-            )
+        shape = arrays[keys[kind]].shape if kind in keys else (len(items),)
+        if shape[:1] != (len(items),):
+            found = f"{shape[0]} entries" if shape else "a single value"
+            raise BadInput(f"{path}: {keys[kind]} has {found}, but there are {len(items)} rows; give one for each")
     for i, item in enumerate(items):
         where = f"{path}, {split} row {i}"
         fields: dict[str, Any] = {}
@@ -104,53 +133,67 @@ def _npz_rows(arrays: Mapping[str, Any], keys: Mapping[str, str], path: Path, sp
 def _texts_or_images(arrays: Mapping[str, Any], keys: Mapping[str, str], path: Path) -> list[Any]:
     if "x" not in keys:
         packed, offsets = arrays[keys["jpeg"]], arrays[keys["offsets"]]
+        if packed.dtype.kind != "u" or packed.itemsize > 1 or offsets.dtype.kind not in "iu" or offsets.ndim != 1:
+            raise BadInput(f"{path}: expected {keys['jpeg']} as uint8 and {keys['offsets']} as a list of whole numbers")
         ends = [int(offset) for offset in offsets]
         if ends[:1] != [0] or ends[-1] != len(packed) or any(a >= b for a, b in itertools.pairwise(ends)):
             raise BadInput(f"{path}: {keys['offsets']} must rise from 0 to {len(packed)}, the size of {keys['jpeg']}")
         whole = packed.tobytes()
         return [whole[a:b] for a, b in itertools.pairwise(ends)]
     x = arrays[keys["x"]]
-    if x.dtype.kind == "U":
+    if x.dtype.kind == "U" and x.ndim == 1:
         return [str(text) for text in x]
     if x.ndim not in (3, 4):
         raise BadInput(
-            f"{path}: {keys['x']} has shape {list(x.shape)}, expected images [N, H, W], [N, 3, H, W] or [N, H, W, 3]"
+            f"{path}: {keys['x']} has shape {list(x.shape)}, expected images [N, H, W], [N, 3, H, W] or "
+            "[N, H, W, 3], or texts [N]"
         )
     if len(x):
         to_hwc(x[0], f"{path}, {keys['x']}")  # type and layout, once
     return list(x)
 
 
-def _name_of(value: Any, names: np.ndarray | None, where: str) -> str:
+def _name_of(value: Any, names: Sequence[str], where: str) -> str:
     label = as_label(value, where)
-    if names is None or not label.isdigit():
+    if not names or (isinstance(value, str) and label in names):
         return label
-    if int(label) >= len(names):
-        raise BadInput(f"{where}: {label} is outside the {len(names)} declared names; correct it or add its name")
-    return str(names[int(label)])
+    if label.isdecimal() and int(label) < len(names):
+        return names[int(label)]
+    raise BadInput(
+        f"{where}: {label} is outside the {len(names)} declared names (neither one of them nor an index from 0 to "
+        f"{len(names) - 1}); correct it or add its name"
+    )
+
+
+def _is_image(file: Path, folder: Path) -> bool:
+    """By its ending; hidden files and what lies in hidden folders are notes of the system or an editor."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.suffix.lower() in ENDINGS and not hidden and file.is_file()
 
 
 def read_folder(path: Path, how: Reading, name: str) -> Splits:
     """A folder with one subfolder of image files for each class, or `train`, `valid` and `test` folders of that form.
 
-    Files are opened when a row's image is read.
+    Files are opened when a row's image is read. Hidden files and folders are passed over.
 
     Raises:
         BadInput: there are no images, or a split names a class that the training part lacks.
     """
     if not path.is_dir():
         raise BadInput(f"{path}: is not a folder; an image folder has one subfolder for each class")
-    parts = {
-        _SPLIT_FOLDERS[p.name.lower()]: p
-        for p in sorted(path.iterdir())
-        if p.is_dir() and p.name.lower() in _SPLIT_FOLDERS
-    }
+    parts: dict[str, Path] = {}
+    for part in sorted(p for p in path.iterdir() if p.is_dir() and p.name.lower() in _SPLIT_FOLDERS):
+        split = _SPLIT_FOLDERS[part.name.lower()]
+        if split in parts:
+            raise BadInput(f"{path}: has the folders {parts[split].name} and {part.name} for one split; keep one")
+        parts[split] = part
     roots = parts if "train" in parts else {"train": path}
     splits = {}
     for split, root in roots.items():
         rows = []
         for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-            files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDINGS and f.is_file())
+            check_text(folder.name, "label", str(folder))
+            files = sorted(f for f in folder.rglob("*") if _is_image(f, folder))
             if not files:
                 raise BadInput(
                     f"{folder}: holds no image files ({', '.join(sorted(ENDINGS))}); remove the folder or fill it"
