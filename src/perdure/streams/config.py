@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -15,13 +15,14 @@ from ..errors import BadInput
 from ..registry import explain
 from . import scenarios
 from .experience import Experience
-from .rows import CheckedRows, as_row
+from .rows import CheckedRows, relabel
 from .scenarios import Selection, Splits
 from .sources import TYPES, Reading, file_type, read_path
 from .sources_named import DOMAIN_FIELDS, GROUPS, NAMED, data_folder, full_name, read_named
 from .stdlib import StdlibOptions, read_stdlib
 from .stream import Stream
 
+Characters = Annotated[int, Field(ge=1)]
 Field_ = Literal["text", "image", "label", "prompt", "answer"]
 Scenario = Literal["class_incremental", "task_incremental", "domain_incremental", "online", "boundary_free"]
 
@@ -42,7 +43,7 @@ class PathSource(Strict):
     test: str | None = None
     valid: str | None = None
     type: Literal["jsonl", "csv", "tsv", "parquet", "npz", "txt", "images"] | None = None
-    """Where the ending does not tell."""
+    """Wins over the ending."""
 
 
 class HubSource(Strict):
@@ -72,6 +73,10 @@ class StdlibSource(Strict):
 
 Source = NamedSource | PathSource | HubSource | StdlibSource
 _KEYS: dict[str, type[Strict]] = {"name": NamedSource, "path": PathSource, "hf": HubSource, "stdlib": StdlibSource}
+
+
+def _text(label: Any) -> Any:
+    return str(label) if isinstance(label, int) and not isinstance(label, bool) else label
 
 
 def _to_source(value: Any, field: str = "source") -> Any:
@@ -120,7 +125,7 @@ class StreamConfig(Strict):
     """Share of the training rows that becomes the test rows of a source that has none."""
     experience_rows: int | None = Field(default=None, ge=1)
     """Rows of each portion of an online or boundary-free stream."""
-    blend: float | None = Field(default=None, ge=0)
+    blend: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Boundary-free: how far neighbouring blocks flow into each other, in blocks; 0 is class-blocked."""
     label_prefix: bool = False
     """Puts the source's name before each label, so that equal labels of several sources are several classes."""
@@ -128,7 +133,7 @@ class StreamConfig(Strict):
     """Plain text: what one row is; blocks where absent."""
     block_chars: int | None = Field(default=None, ge=1)
     """Plain text: characters of a block; 1000 where absent."""
-    max_chars: int | dict[Literal["train", "valid", "test"], int] | None = None
+    max_chars: Characters | dict[Literal["train", "valid", "test"], Characters] | None = None
     """Plain text: characters that are used of each split."""
     seed: int | None = Field(default=None, ge=0)
     """Of all draws; the run's seed where absent."""
@@ -142,7 +147,15 @@ class StreamConfig(Strict):
             return [_to_source(item, f"source.{i}") for i, item in enumerate(value)]
         return _to_source(value)
 
-    @field_validator("class_order", "experiences", mode="before")
+    @field_validator("class_order", "experiences", "classes", "domain_order", mode="before")
+    @classmethod
+    def _labels_are_text(cls, value: Any) -> Any:
+        """3 becomes "3", as in the rows; also in the lists of `experiences`."""
+        if isinstance(value, (list, tuple)):
+            return [cls._labels_are_text(item) if isinstance(item, (list, tuple)) else _text(item) for item in value]
+        return value
+
+    @field_validator("class_order", "experiences", "validation", mode="before")
     @classmethod
     def _no_truth(cls, value: Any) -> Any:
         if value is True or value is False:
@@ -179,7 +192,13 @@ def _impossible(c: StreamConfig) -> str | None:
     small = c.scenario in ("online", "boundary_free")
     listed = isinstance(c.experiences, list)
     text = [c.text_unit, c.block_chars, c.max_chars] != [None] * 3
+    empty = [name for name in ("experiences", "class_order", "classes", "domain_order") if getattr(c, name) == []]
+    twice = c.classes is not None and len(set(c.classes)) < len(c.classes)
+    seeded = isinstance(c.class_order, int) and not 0 <= c.class_order < 2**32
     rules: list[tuple[bool, str, str]] = [
+        (empty != [], ", ".join(empty), "an empty list; name labels or remove the setting"),
+        (twice, "classes", "a label occurs twice; name each once"),
+        (seeded, "class_order", "as a seed it must be from 0 to 4294967295, which RandomState takes"),
         (several and c.domain_field is not None, "domain_field", "a list of sources is parted by source; remove it"),
         (several and by_class, "scenario", f"{c.scenario} takes one source; use domain_incremental for a list"),
         (by_class and c.domain_field is not None, "domain_field", f"{c.scenario} has none; use domain_incremental"),
@@ -259,17 +278,22 @@ def build_stream(config: StreamConfig | Mapping[str, Any], seed: int = 0) -> Str
             config = StreamConfig(**config)
         except ValidationError as error:
             raise BadInput(explain(error, "stream", StreamConfig)) from None
+    if seed < 0:
+        raise BadInput(f"seed: {seed} is negative; use 0 or more")
     for source in config.sources:
         _check_source(source)
     draws = config.seed if config.seed is not None else seed
     parts = [_declare(_read(source, config, draws), config) for source in config.sources]
+    names = [part.name for part in parts]
+    if config.label_prefix and len(set(names)) < len(names):
+        raise BadInput(f"label_prefix: two sources have one name ({', '.join(names)}); rename a file")
     how = Selection(
         **{name: getattr(config, name) for name in Selection.__dataclass_fields__ if name != "seed"}, seed=draws
     )
     made = _experiences(parts, config, how, seed)
     return Stream(
         made,
-        name="+".join(part.name for part in parts),
+        name="+".join(names),
         scenario=config.scenario,
         classes=_all_classes(parts, config, made),
         details={"seed": draws, "class_order": config.class_order, **_details(parts)},
@@ -335,8 +359,7 @@ def _declare(data: Splits, config: StreamConfig) -> Splits:
 
         splits = {
             split: CheckedRows(
-                as_row(_relabel(row, prefixed(row["label"])) if "label" in row else row, data.name)
-                for row in getattr(data, split)
+                relabel(row, prefixed(row["label"])) if "label" in row else row for row in getattr(data, split)
             )
             for split in ("train", "valid", "test")
         }
@@ -344,14 +367,6 @@ def _declare(data: Splits, config: StreamConfig) -> Splits:
     if config.classes is not None:
         data = replace(data, classes=tuple(config.classes))
     return data
-
-
-def _relabel(row: Any, label: str) -> Any:
-    from .rows import ImageRow
-
-    if isinstance(row, ImageRow):
-        return ImageRow({**row.fields, "label": label}, row.source, row.where)
-    return {**row, "label": label}
 
 
 def _experiences(parts: Sequence[Splits], config: StreamConfig, how: Selection, seed: int) -> list[Experience]:

@@ -167,6 +167,8 @@ def order_classes(data: Splits, order: int | str | Sequence[str] = "given") -> l
     if isinstance(order, int):
         import numpy as np
 
+        if not 0 <= order < 2**32:
+            raise BadInput(f"class_order: seed {order} is outside 0 to 4294967295, which RandomState takes")
         return [declared[i] for i in np.random.RandomState(order).permutation(len(declared))]
     if isinstance(order, str):
         if order != "given":

@@ -25,6 +25,7 @@ from .stream import Stream, as_experience
 SCHEMA = 1
 FILE = "spool.jsonl"
 _SPLITS = ("train", "valid", "test")
+_END = object()  # of the items; None may be one of them, and is refused
 
 
 # ---- one record
@@ -91,7 +92,10 @@ def encode_row(row: Row, where: str) -> dict[str, Any]:
     if isinstance(row, ImageRow):
         encoded = row.encoded()
         row = {**row.fields, "image": row.image if encoded is None else encoded}
-    return {str(key): encode_value(value, f"{where}, field {key!r}") for key, value in row.items()}
+    try:
+        return {str(key): encode_value(value, f"{where}, field {key!r}") for key, value in row.items()}
+    except RecursionError:
+        raise BadInput(f"{where}: lists or mappings are nested too deeply; flatten them or leave them out") from None
 
 
 def decode_row(record: Mapping[str, Any], where: str) -> Row:
@@ -386,8 +390,8 @@ class SpooledStream(Stream):
 
     def _draw(self) -> bool:
         if self._size is None:
-            item = next(self._items, None)
-            if item is None:
+            item = next(self._items, _END)
+            if item is _END:
                 self._ended = True
                 return False
             if isinstance(item, Mapping) and "train" not in item:
@@ -396,7 +400,7 @@ class SpooledStream(Stream):
             self._check_labels(made)
             made = self.spool.add(made)
         else:
-            while self.spool.pending < self._size and (row := next(self._items, None)) is not None:
+            while self.spool.pending < self._size and (row := next(self._items, _END)) is not _END:
                 self._check_row(row)
                 self.spool.append(row)
             if not self.spool.pending:
@@ -417,8 +421,8 @@ class SpooledStream(Stream):
     def _skip(self) -> None:
         for old in self._experiences:
             if self._size is None:
-                item = next(self._items, None)
-                found = "" if item is None else as_experience(item, old.index).hash
+                item = next(self._items, _END)
+                found = "" if item is _END else as_experience(item, old.index).hash
             else:
                 rows = [row for _, row in zip(range(len(old.train)), self._items, strict=False)]
                 found = hash_rows(as_rows(rows, old.name), (), ())

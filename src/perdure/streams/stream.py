@@ -81,6 +81,8 @@ class Stream:
                 f"stream {name!r}: the experiences come from an iterator, which cannot be read again after a crash; "
                 "pass a list, or use Stream.from_generator(items, folder)"
             )
+        if isinstance(items, (str, bytes, Mapping)) or not (isinstance(items, Iterable) or hasattr(items, "__len__")):
+            raise BadInput(f"stream {name!r}: expected a list of experiences, found {type(items).__name__}")
         made = [as_experience(item, i) for i, item in enumerate(items)]
         return cls(made, name=name, scenario=scenario, classes=classes, details=details)
 
@@ -205,9 +207,8 @@ def as_experience(item: Any, index: int) -> Experience:
     if isinstance(item, Mapping):
         known = {"train", "test", "valid", "name", "classes", "task"}
         if "train" not in item or set(item) - known:
-            raise BadInput(
-                f"{name}: expected a mapping with train, test, valid, name, classes, task; found {sorted(item)}"
-            )
+            found = sorted(map(str, item))
+            raise BadInput(f"{name}: expected a mapping with train, test, valid, name, classes, task; found {found}")
         options = {"name": name, **item}
         return Experience(index=index, **{**options, "classes": tuple(options.get("classes", ()))})
     if isinstance(item, tuple) and 2 <= len(item) <= 3 and not isinstance(item[0], Mapping):
