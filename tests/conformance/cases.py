@@ -34,6 +34,7 @@ VARIANTS: dict[str, Any] = {
     "moram-protected": {"moram": {"rank": 2, "top_k": 2, "protect": {"inputs": 0.5}}},
     "lora-protected": {"lora": {"rank": 2, "protect": {"inputs": 0.5}}},
     "moram+er": [{"moram": {"rank": 2, "top_k": 2}}, {"er": {"budget": 12, "per_step": 4}}],
+    "moram-growing": {"moram": {"rank": 2, "top_k": 2, "dropout": 0.1, "grow_every": 3}},  # without boundaries
 }
 
 
@@ -112,9 +113,10 @@ def build_learner(
         "learning_rate": 1e-2, "head_learning_rate": 1e-2, "per_device_train_batch_size": 4, "epochs": 2,
         "logging_steps": 2,
     }  # fmt: skip
+    boundaries = "none" if "grow_every" in str(method) else "train"
     return Learner(
         model, processor, method=method, head=head, objective=objective, training={**settings, **training},
-        protocol={"rehearsal": 12, "mask": "seen"}, seed=3,
+        protocol={"rehearsal": 12, "mask": "seen", "boundaries": boundaries}, seed=3,
     )  # fmt: skip
 
 

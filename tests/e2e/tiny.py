@@ -15,15 +15,18 @@ from perdure.state import StateStore
 WORDS = ["ash", "birch", "cedar", "elm", "fir", "oak", "pine", "yew"]
 MODEL = {"scratch": {"family": "bert", "layers": 1, "width": 16, "heads": 2, "ffn_width": 32, "max_length": 32}}
 MORAM = {"rank": 2, "top_k": 2, "targets": "attention", "dropout": 0.1}
-# name -> (method, head); those that end in -lm learn language under a change of domain
+# name -> (method, head); those that end in -lm learn language under a change of domain, those in -growing are not told
+# where an experience begins
 ARMS: dict[str, tuple[Any, Any]] = {
     "finetune": ("finetune", "cosine"),
     "linear_probe": ("linear_probe", "cosine"),
     "linear_probe+ridge": ("linear_probe", {"ridge": {"features": 32}}),
     "lora": ({"lora": {"rank": 2, "dropout": 0.1}}, "linear"),
+    "lora-protected": ({"lora": {"rank": 2, "dropout": 0.1, "protect": {"inputs": 0.5}}}, "cosine"),
     "joint": ([{"lora": {"rank": 2}}, "joint"], "cosine"),
     "er": ({"er": {"budget": 9, "per_step": 3}}, "cosine"),
     "moram": ({"moram": MORAM}, "cosine"),
+    "moram-growing": ({"moram": {**MORAM, "grow_every": 4}}, "cosine"),
     "moram-protected+ridge": ({"moram": {**MORAM, "protect": {"inputs": 0.5}}}, {"ridge": {"features": 32}}),
     "moram+er": ([{"moram": MORAM}, {"er": {"budget": 9, "per_step": 3}}], "cosine"),
     "frozen-lm": ("frozen", None),
@@ -96,6 +99,8 @@ def language(folder: Path) -> dict[str, Any]:
 def write_arm(folder: Path, arm: str) -> Path:
     """The recipe of one of `ARMS`."""
     changes = language(folder) if arm.endswith("-lm") else {}
+    if arm.endswith("-growing"):
+        changes |= {"protocol": {"boundaries": "none"}, "training": {"lr_scheduler": "constant"}}
     return write_recipe(folder, *ARMS[arm], **changes)
 
 
