@@ -56,18 +56,20 @@ def test_gzip_is_known_by_its_content(tmp_path, kind):
 @pytest.mark.parametrize(("label", "line"), [("", "bar,"), ("  ", '"bar","  "'), ("\t", "bar,\t")])
 def test_a_blank_label_is_no_class(tmp_path, label, line):
     table = put(tmp_path / "a.csv", f"text,label\nfoo,a\n{line}\nbaz,b\n")
-    with pytest.raises(BadInput, match=r"a.csv, line 3: field 'label' has no value; give the row one or leave"):
+    with pytest.raises(BadInput, match=r"a.csv, line 3: field 'label' is '.*', which is no value; give one or leave"):
         classes_of(table)
     with pytest.raises(BadInput, match=r"a.csv, line 3: field 'label' is '.*'; give the row a label or leave"):
         read_rows(table, Reading())
     rows = put(tmp_path / "a.jsonl", LINES + json.dumps({"text": "bar", "label": label}))
-    with pytest.raises(BadInput, match=r"a.jsonl, line 7: field 'label' has no value"):
+    with pytest.raises(BadInput, match=r"a.jsonl, line 7: field 'label' is '.*', which is no value"):
         classes_of(rows)
 
 
-def test_a_blank_domain_is_no_domain(tmp_path):
-    path = put(tmp_path / "a.csv", "text,label,month\nfoo,a,may\nbar,b,\n")
-    with pytest.raises(BadInput, match=r"a.csv, line 3: field 'month' has no value"):
+@pytest.mark.parametrize("month", ["", None, float("nan")])
+def test_a_domain_without_value_is_no_domain(tmp_path, month):
+    rows = [{"text": "x", "month": "may"}, {"text": "y", "month": month}]
+    path = put(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    with pytest.raises(BadInput, match=rf"a.jsonl, line 2: field 'month' is {month!r}, which is no value; give one"):
         build_stream({"source": str(path), "scenario": "domain_incremental", "domain_field": "month"})
 
 
@@ -84,13 +86,14 @@ def test_half_a_character_is_refused(tmp_path, field):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "x", "label": NaN}', "field 'label' is nan, expected text or a whole number"),
+        ('{"text": "x", "label": NaN}', "field 'label' is nan, which is no value"),
         ('{"text": "x", "label": Infinity}', "field 'label' is inf"),
         ('{"text": "x", "label": ' + "1" * 5000 + "}", "a number has too many digits; write it as text"),
         ('{"text": "x", "deep": ' + "[" * 100_000 + "]" * 100_000 + "}", "are nested too deeply; flatten them"),
-        ('{"text": "x", "label": null}', "field 'label' has no value"),
+        ('{"text": "x", "label": null}', "field 'label' is None, which is no value"),
+        ('{"image": null, "label": "a"}', "field 'image' is None; give the row a picture"),
     ],
-    ids=["NaN", "infinity", "digits", "depth", "null"],
+    ids=["NaN", "infinity", "digits", "depth", "null", "no picture"],
 )
 def test_json_that_is_no_row(tmp_path, line, message):
     with pytest.raises(BadInput, match=rf"a.jsonl, line 7: .*{message}"):
@@ -135,7 +138,7 @@ def test_parquet_columns_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(BadInput, match=r"a.parquet, field 'label': has type list<.*>, expected text.*store it as text"):
         read_rows(path, Reading())
     null = put(tmp_path / "b.parquet", parquet([*ROWS, {"text": "x", "label": None}]))
-    with pytest.raises(BadInput, match=r"b.parquet, row 6: field 'label' has no value"):
+    with pytest.raises(BadInput, match=r"b.parquet, row 6: field 'label' is None"):
         classes_of(null)
 
 
@@ -212,6 +215,8 @@ def test_labels_of_an_npz_are_indices_or_names(tmp_path, wrong):
         ({"x": np.array("one"), "y": np.array([0])}, r"x has shape \[\], expected images .*or texts \[N\]"),
         ({"x": PICTURES, "y": np.zeros(4, int), "class_names": np.array("cat")}, r"class_names has shape \[\]"),
         ({"x": PICTURES, "y": np.array(["a", "", "b", "b"])}, r"train row 1, y: field 'label' is ''"),
+        ({"x": np.array(["a", "\ud83d"]), "y": np.array([0, 1])}, r"train row 1: field 'x' holds half a character"),
+        ({"x": PICTURES, "y": np.array(["1" * 5000] * 4), "class_names": NAMES}, r"train row 0, y: 1* is outside"),
         ({"x": np.array([b"caf\xe9"]), "y": np.array([0])}, r"a.npz: has text that is not UTF-8"),
         ({"train_jpeg": np.zeros(3), "train_offsets": np.array([0, 3])}, r"expected train_jpeg as uint8"),
         ({"train_jpeg": np.zeros(3, "u1"), "train_offsets": np.array(3)}, r"train_offsets as a list of whole numbers"),

@@ -10,6 +10,7 @@ import pytest
 
 from perdure.errors import BadInput
 from perdure.streams import Experience, Spool, Stream, build_stream
+from perdure.streams.rows import sort_labels
 from perdure.streams.scenarios import Splits, order_classes
 
 GOOD = {"text": "x", "label": "a"}
@@ -53,6 +54,12 @@ def test_values_that_are_nested_without_end(tmp_path):
 def test_labels_of_numpy_become_plain_text():
     [row] = Experience(0, "e", [{"text": "x", "label": np.str_("a")}]).train
     assert type(row["label"]) is str
+
+
+def test_whole_numbers_of_any_length_are_sorted_by_value():
+    long = "1" * 5000
+    labels = ["10", long, "9", "0", "009", "00", "2" * 4999]
+    assert sort_labels(labels) == ["0", "00", "009", "9", "10", "2" * 4999, long]
 
 
 # ---- streams and generators
@@ -128,6 +135,7 @@ def test_numbers_in_lists_of_labels_are_labels(table, settings, classes):
         ({"classes": ["0", "1", 1]}, r"classes: a label occurs twice"),
         ({"classes": []}, r"classes: an empty list"),
         ({"experiences": []}, r"experiences: an empty list"),
+        ({"experiences": "B0-Inc" + "1" * 5000}, r"experiences: .* is not understood"),
         ({"experiences": [["0"], []]}, r"experiences.1: is empty"),
         ({"class_order": []}, r"class_order: an empty list"),
         ({"class_order": [True]}, r"class_order"),

@@ -332,9 +332,10 @@ def test_bad_data_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("PERDURE_DATA", str(tmp_path))
     with pytest.raises(BadInput, match="has no MANIFEST.json"):
         read_named("clinc150")
-    (tmp_path / "MANIFEST.json").write_text("{")
-    with pytest.raises(BadInput, match="is not a manifest"):
-        read_named("clinc150")
+    for wrong in (b"{", b"[]", b"\xff\xfe"):
+        (tmp_path / "MANIFEST.json").write_bytes(wrong)
+        with pytest.raises(BadInput, match="is not a manifest"):
+            read_named("clinc150")
     with pytest.raises(BadInput, match="no part 'test9'; known: oos_train"):
         read_named("clinc150", part="test9")
 

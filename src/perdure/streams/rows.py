@@ -206,6 +206,8 @@ def as_row(row: Any, where: str) -> Row:
     if isinstance(row, ImageRow) or "image" not in row:
         return row
     image = row["image"]
+    if image is None:
+        raise BadInput(f"{where}: field 'image' is None; give the row a picture, or leave the field or the row out")
     if isinstance(image, str):
         image = Path(image)
     elif hasattr(image, "convert") and hasattr(image, "tobytes"):  # a Pillow picture
@@ -237,7 +239,14 @@ def sort_labels(labels: Iterable[str]) -> list[str]:
     """Alphabetical, or by value where every label is a whole number."""
     unique = set(labels)
     numbers = all(label.isascii() and label.isdigit() for label in unique)
-    return sorted(unique, key=lambda label: (int(label), label)) if numbers else sorted(unique)
+    if not numbers:
+        return sorted(unique)
+
+    def value(label: str) -> tuple[int, str, str]:  # of any length, where int() ends at some thousand digits
+        digits = label.lstrip("0")
+        return len(digits), digits, label
+
+    return sorted(unique, key=value)
 
 
 def labels_of(rows: Rows) -> list[str]:

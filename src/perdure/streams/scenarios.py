@@ -17,7 +17,7 @@ from ..errors import BadInput
 from .experience import Experience
 from .rows import CheckedRows, as_rows, labels_of, sort_labels
 
-_SPLIT_PATTERN = re.compile(r"B(\d+)-?Inc(\d+)", re.IGNORECASE)
+_SPLIT_PATTERN = re.compile(r"B(\d{1,9})-?Inc(\d{1,9})", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

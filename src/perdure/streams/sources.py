@@ -119,15 +119,16 @@ def to_row(record: Mapping[str, Any], how: Reading, where: str) -> Row:
         rest = {key: value for key, value in record.items() if key not in used and key not in how.fields}
         record = {**{name: record[own] for name, own in how.fields.items()}, **rest}
     for name in how.required:
-        if name in record and (record[name] is None or not str(record[name]).strip()):
-            raise BadInput(f"{where}: field {name!r} has no value; give the row one or leave the row out")
         if name not in record:
             raise BadInput(
                 f"{where}: has no field {name!r}; found {_names(record)}; "
                 f"say which one it is: fields: {{{name}: <name in the file>}}"
             )
-        if isinstance(record[name], str):
-            check_text(record[name], name, where)
+        value = record[name]
+        if value is None or (isinstance(value, float) and value != value) or not str(value).strip():
+            raise BadInput(f"{where}: field {name!r} is {value!r}, which is no value; give one or leave the row out")
+        if isinstance(value, str):
+            check_text(value, name, where)
     if not any(name in record for name in ("text", "image", "prompt")):
         raise BadInput(
             f"{where}: has none of the fields text, image, prompt; found {_names(record)}; "
@@ -209,7 +210,7 @@ def _csv(path: Path, delimiter: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if header is None:
             return
         if len(set(header)) < len(header):
-            raise BadInput(f"{path}, line 1: a column name occurs twice in {header}; rename one")
+            raise BadInput(f"{path}, line {reader.line_num}: a column name occurs twice in {header}; rename one")
         for cells in reader:
             if not cells:
                 continue
@@ -220,7 +221,9 @@ def _csv(path: Path, delimiter: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 )
             yield f"line {reader.line_num}", dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise BadInput(f"{path}, line {reader.line_num}: is not readable as csv ({error}); close quotes") from None
+        raise BadInput(
+            f"{path}, line {reader.line_num}: is not readable as csv ({error}); close quotes, and double those inside"
+        ) from None
 
 
 def _parquet(path: Path, how: Reading) -> Iterator[tuple[str, Mapping[str, Any]]]:

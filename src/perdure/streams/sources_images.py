@@ -127,7 +127,11 @@ def _npz_rows(arrays: Mapping[str, Any], keys: Mapping[str, str], path: Path, sp
             fields["label"] = _name_of(arrays[keys["y"]][i], names, f"{where}, {keys['y']}")
         if "domain" in keys:
             fields["domain"] = _name_of(arrays[keys["domain"]][i], domain_names, f"{where}, {keys['domain']}")
-        yield {**fields, "text": item} if isinstance(item, str) else ImageRow(fields, item, where)
+        if isinstance(item, str):
+            check_text(item, keys["x"], where)
+            yield {**fields, "text": item}
+        else:
+            yield ImageRow(fields, item, where)
 
 
 def _texts_or_images(arrays: Mapping[str, Any], keys: Mapping[str, str], path: Path) -> list[Any]:
@@ -157,7 +161,7 @@ def _name_of(value: Any, names: Sequence[str], where: str) -> str:
     label = as_label(value, where)
     if not names or (isinstance(value, str) and label in names):
         return label
-    if label.isdecimal() and int(label) < len(names):
+    if label.isdecimal() and len(label) < 10 and int(label) < len(names):
         return names[int(label)]
     raise BadInput(
         f"{where}: {label} is outside the {len(names)} declared names (neither one of them nor an index from 0 to "

@@ -147,7 +147,7 @@ def _manifest(path: Path, changed: int) -> dict[str, dict[str, Any]]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         return {file["path"]: file for entry in manifest["datasets"] for file in entry["files"]}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: is not a manifest of data sets ({error!r}); restore the file") from None
 
 
