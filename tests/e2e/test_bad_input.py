@@ -81,7 +81,8 @@ def test_settings_that_cannot_be_honoured(tmp_path, capsys, key, value, words):
 
 
 def test_options_that_the_method_cannot_honour_on_this_stream(tmp_path, capsys):
-    recipe = tiny.settings(tmp_path, {"moram": tiny.MORAM}, protocol={"boundaries": "none"})
+    free: dict[str, Any] = {"protocol": {"boundaries": "none"}, "training": {"lr_scheduler": "constant"}}
+    recipe = tiny.settings(tmp_path, {"moram": tiny.MORAM}, **free)
     refused(tmp_path, capsys, recipe, "method.moram.grow_every", "boundaries")  # known only when learning begins
     recipe["method"] = {"moram": {**tiny.MORAM, "grow_every": 2, "protect": {"inputs": 0.5}}}
     refused(tmp_path, capsys, recipe, "method.moram.protect", "boundaries")
