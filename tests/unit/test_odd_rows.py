@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from perdure.errors import BadInput
+from perdure.errors import BadInput, DamagedState
 from perdure.streams import Experience, Spool, Stream, build_stream
 from perdure.streams.rows import sort_labels
 from perdure.streams.scenarios import Splits, order_classes
@@ -101,6 +101,21 @@ def test_rows_before_a_refused_one_are_kept(tmp_path):
         next(iter(stream))
     again = Stream.from_generator(rows, tmp_path, rows_per_experience=2)
     assert [row["text"] for i in range(2) for row in again.experience(i).train] == ["0", "1", "2", "4"]
+
+
+def test_lines_of_a_spool_that_are_gone_or_doubled(tmp_path):
+    source = ({"text": str(n), "label": "a"} for n in range(5))
+    stream = Stream.from_generator(source, tmp_path, rows_per_experience=3)
+    assert len(list(stream)) == 2
+    lines = stream.spool.path.read_bytes().splitlines(keepends=True)
+    for place, count in ((0, 2), (2, 0), (2, 2), (4, 0), (4, 2), (5, 0)):
+        stream.spool.path.write_bytes(
+            b"".join([*lines[:place], *lines[place : place + 1] * count, *lines[place + 1 :]])
+        )
+        with pytest.raises(
+            DamagedState, match=r"line \d: this experience has .* rows, before it lie .*restore the file"
+        ):
+            Spool(tmp_path)
 
 
 # ---- settings

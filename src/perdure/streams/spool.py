@@ -25,7 +25,7 @@ from .stream import Stream, as_experience
 SCHEMA = 1
 FILE = "spool.jsonl"
 _SPLITS = ("train", "valid", "test")
-_END = object()  # of the items; None may be one of them, and is refused
+_END: Any = object()  # of the items; None may be one of them, and is refused
 
 
 # ---- one record
@@ -299,10 +299,16 @@ class Spool:
         if number == 1:
             if record.get("schema") != SCHEMA:
                 raise DamagedState(f"spool {self.path}: schema {record.get('schema')!r} is unknown, expected {SCHEMA}")
-        elif "experience" in record:
-            self._close(record["experience"])
-        else:
+        elif "split" in record:
             self._pending[record["split"]].append(place)
+        else:
+            mark, found = record.get("experience", {}), {split: len(self._pending[split]) for split in _SPLITS}
+            if mark.get("counts") != found:
+                raise DamagedState(
+                    f"spool {self.path}, line {number}: this experience has {mark.get('counts')} rows, before it lie "
+                    f"{found}; restore the file from a copy, or remove it to draw the stream anew"
+                )
+            self._close(mark)
 
 
 def _no_places() -> dict[str, array[int]]:
