@@ -7,6 +7,8 @@ import decimal
 import gzip
 import io
 import json
+import os
+import sys
 import zipfile
 
 import numpy as np
@@ -316,6 +318,15 @@ def test_image_folders_as_systems_leave_them(tmp_path):
         (label, name) for label in ("cat", "dog") for name in ("1.png", "2.PNG")
     ]
     assert {row["image"].shape for row in rows} == {(5, 6, 3)}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems make no such names")
+def test_a_class_folder_whose_name_is_no_text(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "1.png").write_bytes(jpeg(1, "PNG"))
+    with pytest.raises(BadInput, match=r"field 'label' holds half a character .*\\udce9"):
+        read_path(tmp_path)
 
 
 def test_two_folders_for_one_split(tmp_path):
