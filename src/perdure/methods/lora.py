@@ -124,7 +124,7 @@ class LoRA(Method):
         finally:
             vars(model).pop("peft_config", None)
             if note is not None:
-                model.peft_config = note
+                vars(model)["peft_config"] = note
         self._layers: dict[str, Any] = {path: model.get_submodule(path) for path in self._paths}
         wrong = [path for path, layer in self._layers.items() if not hasattr(layer, "lora_A")]
         if wrong:
