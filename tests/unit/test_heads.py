@@ -193,3 +193,11 @@ def test_ridge_chooses_the_best_of_the_grid():
         assert head.ridge == min(errors, key=errors.__getitem__)
         chosen[noise] = head.ridge
     assert chosen[0.0] < chosen[3.0]
+
+
+def test_ridge_sums_that_overflow_are_refused():
+    ridge = make("ridge", classes=2, normalize=False, holdout=0)
+    ridge.begin_fit(2, 0)
+    ridge.update(torch.full((2, 6), 3e38), torch.tensor([0, 1]))
+    with pytest.raises(NonFiniteLoss, match="the sums over the features are no longer finite"):
+        ridge.end_fit()

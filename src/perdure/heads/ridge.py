@@ -211,15 +211,24 @@ class RidgeHead(Head):
         return factor, not bool(info)
 
     def _solve(self, ridge: float) -> Tensor:
-        """W [M, classes] float64; λ rises tenfold where G + λI is not positive definite in float64."""
+        """W [M, classes] float64; λ rises tenfold where G + λI is not positive definite in float64.
+
+        Raises:
+            NonFiniteLoss: the sums have overflowed, so that no λ helps.
+        """
         import torch
 
-        while True:
+        diagonal = self.module.get_buffer("gram").diagonal()  # no entry of G is larger than the largest of these
+        while math.isfinite(ridge) and bool(torch.isfinite(diagonal).all()):
             factor, good = self._factor(ridge)
             if good:
                 self.values["lambda"] = ridge
                 return torch.cholesky_solve(self.module.get_buffer("cross"), factor, upper=True)
             ridge *= 10
+        raise NonFiniteLoss(
+            "ridge head: the sums over the features are no longer finite; set head.ridge.normalize to true, or look at "
+            "what makes the features so large"
+        )
 
     def _error(self, ridge: float, z: Tensor, target: Tensor) -> float:
         """Mean squared error of held-aside rows z [R, M], target [R, classes]; infinite where there is no solution."""
