@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from perdure.errors import BadInput, DamagedState
 from perdure.state import files
 from perdure.state.schema import SCHEMA, check_schema, migrate
 from perdure.state.tensors import describe, write_tensors
-from perdure.state.values import decode_values, encode_values
+from perdure.state.values import decode_values, encode_values, seal, unseal
 
 DOCUMENT = "perdure.json"
+_FORM: dict[str, type] = {
+    "settings": dict, "settings.objective": dict, "base": dict, "base.hash": str, "base.name": str, "names": list,
+    "methods": list, "labels": list, "history": list, "writes": list,
+}  # fmt: skip
 
 
 def write_portable(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> Path:
@@ -40,7 +45,8 @@ def write_portable(folder: Path, tensors: dict[str, Tensor], values: dict[str, A
         "schema": SCHEMA, "tensors_file": name, "sha256": written.sha256, "bytes": written.bytes,
         "tensors": describe(tensors), "values": encoded,
     }  # fmt: skip
-    files.atomic_write_text(folder / DOCUMENT, json.dumps(document, ensure_ascii=False, indent=1))
+    text = json.dumps(document, ensure_ascii=True, allow_nan=False, indent=1)
+    files.atomic_write_text(folder / DOCUMENT, seal(text.encode("ascii")).decode("ascii"))
     for old in folder.glob("adapter-*.safetensors"):
         if old.name != name:
             old.unlink(missing_ok=True)
@@ -51,23 +57,57 @@ def read_portable(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads what `write_portable` wrote.
 
     Raises:
-        BadInput: the folder is not one of these.
-        DamagedState: checksum or schema do not fit.
+        BadInput: the folder is not one of these, or may not be read.
+        DamagedState: a checksum, the schema or the form of the content does not fit.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / DOCUMENT
     if not path.is_file():
         raise BadInput(f"{folder}: has no {DOCUMENT}; give a folder written by save_pretrained")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        check_schema(document["schema"])
+        document = _document(path)
         stored = folder / document["tensors_file"]
-        found = hashlib.sha256(stored.read_bytes()).hexdigest()
-        expected = document["sha256"]
-    except (ValueError, KeyError, FileNotFoundError) as error:
+        if hashlib.sha256(stored.read_bytes()).hexdigest() != document["sha256"]:
+            raise DamagedState(f"{stored}: does not match its sha256; restore it from a copy")
+        tensors = load_file(stored)
+    except (FileNotFoundError, SafetensorError) as error:
         raise DamagedState(f"{folder}: cannot be read ({error}); restore it from a copy") from error
-    if found != expected:
-        raise DamagedState(f"{stored}: does not match its sha256; restore it from a copy")
-    values, tensors = migrate(decode_values(document["values"]), load_file(stored), document["schema"])
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be read ({error}); check its permissions") from error
+    values, tensors = migrate(decode_values(document["values"]), tensors, document["schema"])
     return tensors, values
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        document = unseal(path.read_bytes())
+    except ValueError as error:
+        raise DamagedState(f"{path}: {error}; restore it from a copy") from None
+    check_schema(document.get("schema"))
+    if not isinstance(document.get("tensors_file"), str) or not isinstance(document.get("values"), dict):
+        raise DamagedState(f"{path}: is no document of save_pretrained; restore it from a copy")
+    return document
+
+
+def check_form(values: dict[str, Any], names: Iterable[str], folder: str | Path) -> None:
+    """Refuses values that lack what a learner is made of.
+
+    Args:
+        values: what `read_portable` gave.
+        names: arguments that a learner takes.
+        folder: for the message.
+
+    Raises:
+        DamagedState: names the first entry that is missing or of another kind.
+    """
+    for key, kind in _FORM.items():
+        found: Any = values
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if not isinstance(found, kind) or found == {}:
+            raise DamagedState(f"{folder}: {DOCUMENT} has no valid {key!r}; restore it from a copy")
+    unknown = sorted(set(values["settings"]) - set(names))
+    if unknown:
+        raise DamagedState(f"{folder}: {DOCUMENT} has unknown settings {', '.join(unknown)}; restore it from a copy")

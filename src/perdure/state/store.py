@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import warnings
@@ -19,12 +17,11 @@ from torch import Tensor
 from perdure.errors import BadInput, DamagedState
 from perdure.state import files, schema
 from perdure.state.tensors import check_tensors, describe, write_tensors
-from perdure.state.values import decode_values, dump, encode_values
+from perdure.state.values import decode_values, dump, encode_values, seal, unseal
 
 TENSORS, DOCUMENT = "tensors.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{10,})-(\d{6,})(?:-boundary-(\d{6,}))?")
 _SAVING, _REMOVING, _DAMAGED = ".saving-", ".removing-", "damaged-"
-_CHECKSUM = b',"checksum":"'
 
 
 class StateWarning(UserWarning):
@@ -138,7 +135,7 @@ class StateStore:
             files.make_folder(temporary)
             held = files.hold_folder(temporary)
             written = write_tensors(temporary / TENSORS, tensors)
-            body = dump(
+            text = dump(
                 {
                     "schema": schema.SCHEMA,
                     "perdure": _version(),
@@ -147,9 +144,9 @@ class StateStore:
                     "tensors": describe(tensors),
                     "values": encoded,
                 }
-            )[:-1]
+            )
             with files.new_file(temporary / DOCUMENT) as descriptor:
-                files.write_all(descriptor, body + _seal(body))
+                files.write_all(descriptor, seal(text))
             files.sync_folder(temporary)
             files.rename(temporary, final)
         except BaseException:
@@ -252,11 +249,6 @@ def _version() -> str:
         return "unknown"
 
 
-def _seal(body: bytes) -> bytes:
-    """The end of the document: a checksum over every byte before it."""
-    return _CHECKSUM + hashlib.sha256(body).hexdigest().encode("ascii") + b'"}\n'
-
-
 def _read(entry: Entry) -> State:
     try:
         raw = (entry.path / DOCUMENT).read_bytes()
@@ -277,13 +269,10 @@ def _read(entry: Entry) -> State:
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
-    body, mark, _ = raw.rpartition(_CHECKSUM)
-    if not mark or raw[len(body) :] != _seal(body):
-        with contextlib.suppress(ValueError):
-            json.loads(raw)
-            raise _Damage(f"{DOCUMENT} does not match its checksum: it was changed after it was written")
-        raise _Damage(f"{DOCUMENT} is cut short or no JSON")
-    return json.loads(raw)
+    try:
+        return unseal(raw)
+    except ValueError as error:
+        raise _Damage(f"{DOCUMENT} {error}") from None
 
 
 def _read_tensors(path: Path, document: dict[str, Any]) -> dict[str, Tensor]:

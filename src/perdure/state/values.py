@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from typing import Any
@@ -11,6 +12,7 @@ from perdure.errors import BadInput
 _FLOAT, _ESCAPED = "$float", "$dict"
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _DEEPEST = 200
+_CHECKSUM = b',"checksum":"'
 _MOST_BITS = 10_000  # Python prints integers up to 4,300 digits
 
 
@@ -73,3 +75,29 @@ def decode_values(value: Any) -> Any:
 def dump(document: dict[str, Any]) -> bytes:
     """One line of ASCII JSON; key order is kept."""
     return json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def seal(text: bytes) -> bytes:
+    """A JSON object with a last entry more: the checksum over every byte before it."""
+    body = text.rstrip()[:-1].rstrip()
+    return body + _seal_of(body)
+
+
+def unseal(raw: bytes) -> dict[str, Any]:
+    """The object that `seal` has closed.
+
+    Raises:
+        ValueError: why it cannot be trusted, to be put behind the file's name.
+    """
+    body, mark, _ = raw.rpartition(_CHECKSUM)
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ValueError("is cut short or no JSON") from None
+    if not mark or raw[len(body) :] != _seal_of(body) or not isinstance(document, dict):
+        raise ValueError("does not match its checksum: it was changed after it was written")
+    return document
+
+
+def _seal_of(body: bytes) -> bytes:
+    return _CHECKSUM + hashlib.sha256(body).hexdigest().encode("ascii") + b'"}\n'
