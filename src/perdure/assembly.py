@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -13,10 +13,12 @@ from .errors import BadInput
 from .loading import derived_seed
 from .methods import Method
 from .protocol import check_list
-from .registry import HEADS, explain
+from .registry import HEADS, OBJECTIVES, Registry, explain
+from .streams.rows import as_label
 
 if TYPE_CHECKING:
     from .heads import Head
+    from .hosts import Host
     from .objectives import Objective
 
 
@@ -36,10 +38,23 @@ def complete_methods(spec: Any) -> list[Method]:
 def settings_of(value: Any, model: Any, name: str) -> Any:
     if isinstance(value, model):
         return value
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+        raise BadInput(f"{name}: expected a mapping of settings, found {value!r}")
     try:
         return model(**(value or {}))
     except ValidationError as error:
         raise BadInput(explain(error, name, model)) from None
+
+
+def as_labels(classes: Sequence[Any] | None) -> list[str] | None:
+    """Class names as the labels of rows are: text."""
+    names = dict.fromkeys(as_label(name, f"classes[{number}]") for number, name in enumerate(classes or ()))
+    return list(names) or None
+
+
+def caches_features(methods: Sequence[Method]) -> bool:
+    """True if a head's features are computed once: none of the methods changes them or mixes other rows in."""
+    return all(method.frozen_features and "rehearsal" not in method.needs for method in methods)
 
 
 def check_combination(
@@ -48,7 +63,8 @@ def check_combination(
     """Refuses settings that are each fine and do not fit together.
 
     Raises:
-        BadInput: nothing would train, or the classes are not declared where the mask needs them.
+        BadInput: nothing would train, the classes are not declared where the mask needs them, or cached features would
+            never see an augmentation.
     """
     idle = [method.name for method in methods if method.learns]
     if not objective.needs_head and idle and not any(method.adapts for method in methods):
@@ -58,23 +74,47 @@ def check_combination(
         )
     if objective.needs_head and protocol.mask == "all" and not classes:
         raise BadInput("protocol.mask: all needs the classes in advance; give `classes` or use the mask seen")
+    augment = getattr(objective.config, "augment", "none")
+    if augment != "none" and objective.needs_head and caches_features(methods):
+        raise BadInput(
+            f"objective.{objective.name}.augment: is {augment}, but {' and '.join(method.name for method in methods)} "
+            "computes the features once, of the images as they are; set it to none or use a method that trains them"
+        )
 
 
-def build_head(spec: Any, objective: Objective, width: int, seed: int) -> Head | None:
-    """The head that a setting names ("cosine" by default), or None where the model's own head is used."""
-    if not objective.needs_head:
-        if spec not in (None, "none"):
-            raise BadInput(f"head: objective {objective.name!r} uses the model's own head; remove {spec!r}")
+def _one(registry: Registry, spec: Any, field: str) -> Any:
+    pairs = registry.parse(spec, field)
+    if len(pairs) > 1:
+        raise BadInput(f"{field}: takes one {field}, found {', '.join(name for name, _ in pairs)}; keep one")
+    ((name, config),) = pairs
+    return registry.get(name)(config)
+
+
+def choose_objective(spec: Any) -> Objective:
+    """The objective that a setting names."""
+    return _one(OBJECTIVES, spec, "objective")
+
+
+def choose_head(spec: Any, objective: Objective) -> Head | None:
+    """The head that a setting names ("cosine" by default), not built yet; None where the model's own head is used."""
+    if objective.needs_head:
+        return _one(HEADS, spec or "cosine", "head")
+    if spec not in (None, "none"):
+        raise BadInput(f"head: objective {objective.name!r} uses the model's own head; remove {spec!r}")
+    return None
+
+
+def build_heads(head: Head | None, methods: list[Method], host: Host, seed: int) -> Head | None:
+    """Builds the head for the host's features and returns the auxiliary one, where there is one."""
+    if head is None:
         return None
-    ((name, config),) = HEADS.parse(spec or "cosine", "head")
-    head = HEADS.get(name)(config)
-    head.build(width, derived_seed(seed, "head") % 2**31)
-    return head
+    head.build(host.width, derived_seed(seed, "head") % 2**31)
+    return build_auxiliary_head(head, methods, host.width, seed)
 
 
-def build_auxiliary_head(head: Head | None, methods: list[Method], width: int, seed: int) -> Head | None:
+def build_auxiliary_head(head: Head, methods: list[Method], width: int, seed: int) -> Head | None:
     """An adapter under a closed-form head is trained through a cosine head that is not used afterwards."""
-    if head is None or not head.closed_form or all(method.frozen_features for method in methods):
+    if not head.closed_form or all(method.frozen_features for method in methods):
         return None
     cosine = HEADS.get("cosine")
     auxiliary = cosine(cosine.Config())

@@ -36,9 +36,80 @@ class Attachment:
         return Attachment(copy.deepcopy(self.host, memo), copy.deepcopy(self.methods, memo))
 
 
+class Held:
+    """What a model remembers of the Learner on it: names only, so that it keeps no learner alive. Copies are free."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+
+class Original:
+    """A model as it was before methods were put into it: which parameters train and the mode of every module.
+
+    Args:
+        host: the model; nothing is changed yet.
+    """
+
+    def __init__(self, host: Host):
+        self.host = host
+        self.methods: list[Method] = []
+        self._adapters = host.attached()
+        self._trained = [(parameter, parameter.requires_grad) for parameter in host.model.parameters()]
+        self._modes = [(module, module.training) for module in host.model.modules()]
+
+    def attach(self, method: Method) -> None:
+        method.attach(self.host)
+        self.methods.append(method)
+
+    def restore(self, half_done: bool = False) -> None:
+        """Takes the methods out, last first; with `half_done` also what a method left behind that failed midway."""
+        while self.methods:
+            self.methods.pop().detach(self.host)
+        if half_done:
+            self.host.strip(keep=self._adapters)
+        for parameter, trained in self._trained:
+            parameter.requires_grad_(trained)
+        for module, training in self._modes:
+            module.training = training
+
+
 def attachment(model: nn.Module) -> Attachment | None:
-    """The attachment of a model, or None."""
-    return getattr(model, _ATTRIBUTE, None)
+    """What `attach` has put into a model, or None."""
+    there = getattr(model, _ATTRIBUTE, None)
+    return there if isinstance(there, Attachment) else None
+
+
+def refuse_taken(model: nn.Module) -> None:
+    """Raises BadInput where `attach` or a Learner has put methods into the model."""
+    there = getattr(model, _ATTRIBUTE, None)
+    if isinstance(there, Held):
+        raise BadInput(
+            f"model: a Learner with {', '.join(there.names)} holds it already; call that learner's `detach` first, or "
+            "load the model again"
+        )
+    if there is not None:
+        names = ", ".join(m.name for m in there.methods)
+        raise BadInput(f"model: {names} is attached already; call `detach` first, or attach all methods as one list")
+
+
+def hold(model: nn.Module, methods: list[Method]) -> Held:
+    """Marks the model as a Learner's."""
+    held = Held([method.name for method in methods])
+    setattr(model, _ATTRIBUTE, held)
+    return held
+
+
+def holds(model: nn.Module, held: Held) -> bool:
+    """True until `release`."""
+    return getattr(model, _ATTRIBUTE, None) is held
+
+
+def release(model: nn.Module) -> None:
+    """The model is nobody's again."""
+    delattr(model, _ATTRIBUTE)
 
 
 def build_methods(method: Any, field: str = "method") -> list[Method]:
@@ -68,9 +139,9 @@ def build_methods(method: Any, field: str = "method") -> list[Method]:
 def attach(model: Model, method: Any) -> Model:
     """Puts methods into a model and returns the same object: `generate`, pipelines and `save_pretrained` go on working.
 
-    Adding alone teaches nothing. Growth, masks, projections and proximal steps are run by the Learner and by the
-    trainer callback, and by nothing else: a training loop of your own moves the parameters that a method brings, and
-    has to call the method's hooks itself.
+    Adding alone teaches nothing. Growth, masks, projections and proximal steps are run by the Learner and by nothing
+    else: a training loop of your own moves the parameters that a method brings, and has to call the method's hooks
+    itself.
 
     Args:
         model: any supported transformers model (see `hosts.Host`); changed in place.
@@ -78,27 +149,20 @@ def attach(model: Model, method: Any) -> Model:
             in which adapters on one module are added.
 
     Raises:
-        BadInput: methods are attached already; a name, a setting or the model does not fit. The model is then as
-            before.
+        BadInput: methods are attached already, or a Learner holds the model; a name, a setting or the model does not
+            fit. The model is then as before.
     """
     from .hosts import Host
 
     host = Host(model)
-    there = attachment(model)
-    if there is not None:
-        names = ", ".join(m.name for m in there.methods)
-        raise BadInput(f"model: {names} is attached already; call `detach` first, or attach all methods as one list")
+    refuse_taken(model)
     methods = build_methods(method)
-    before = host.attached()
-    done: list[Method] = []
+    original = Original(host)
     try:
         for item in methods:
-            item.attach(host)
-            done.append(item)
+            original.attach(item)
     except BaseException:
-        for item in reversed(done):
-            item.detach(host)
-        host.strip(keep=before)
+        original.restore(half_done=True)
         raise
     setattr(model, _ATTRIBUTE, Attachment(host, methods))
     return model
@@ -108,12 +172,14 @@ def detach(model: Model) -> Model:
     """Takes out what `attach` put in, last method first; the model is then the original, bit for bit.
 
     Raises:
-        BadInput: nothing is attached.
+        BadInput: nothing is attached, or what is belongs to a Learner.
     """
     there = attachment(model)
+    if there is None and isinstance(getattr(model, _ATTRIBUTE, None), Held):
+        raise BadInput("model: a Learner holds it; call that learner's own `detach`")
     if there is None:
         raise BadInput("model: nothing is attached; `attach(model, method)` comes first")
     for method in reversed(there.methods):
         method.detach(there.host)
-    delattr(model, _ATTRIBUTE)
+    release(model)
     return model

@@ -32,12 +32,16 @@ class ProtectConfig(Strict):
     """Share of the energy of old layer inputs (eigenvalues of their second moment) that is projected out."""
 
 
+MOST_RATE = 1e30
+"""Beyond it a step is no float32 number."""
+
+
 class TrainingConfig(Strict):
     """How the loop trains; names as in the Hugging Face Trainer where the meaning is the same."""
 
-    learning_rate: float = Field(5e-4, gt=0)
+    learning_rate: float = Field(5e-4, gt=0, le=MOST_RATE)
     """Peak rate of the adapter or the model."""
-    head_learning_rate: float | None = Field(None, gt=0)
+    head_learning_rate: float | None = Field(None, gt=0, le=MOST_RATE)
     """Peak rate of a trained head; the learning rate when absent."""
     per_device_train_batch_size: int = Field(32, ge=1)
     per_device_eval_batch_size: int = Field(64, ge=1)
@@ -83,7 +87,7 @@ class ProtocolConfig(Strict):
     evaluate: Literal["seen", "seen_and_next", "all"] = "seen"
     """Experiences whose test rows are scored after each experience; `all` declares every test set known."""
     max_test_rows: int | None = Field(None, ge=1)
-    """Test rows per experience that are scored, drawn once with the stream's seed; all when absent."""
+    """Test rows per experience that are scored, drawn once and the same for every arm and seed; all when absent."""
     max_forgetting: float | None = None
     """The run ends with exit code 66 when the report's forgetting is above this."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .assembly import as_labels
+from .attachment import holds, release
 from .bookkeeping import Counters, Past, Position, Unlearnt, quiet
 from .data import Batch, Output, Row, Rows
 from .errors import BadInput
@@ -18,9 +22,10 @@ from .heads import Head
 from .loading import derived_seed
 from .loop import Loop
 from .memory.observe import RouterLog
+from .models import ASKED
 from .streams.experience import Experience
 
-PORTABLE = "perdure.json"
+log = logging.getLogger(__name__)
 
 
 class Learner(Loop):
@@ -36,7 +41,19 @@ class Learner(Loop):
 
         Returns:
             experience index -> accuracy in [0, 1] or perplexity; None where the split has no rows.
+
+        Raises:
+            BadInput: two experiences have one index, or the learner was detached.
         """
+        self.refuse_detached()
+        names: dict[int, str] = {}
+        for experience in experiences:
+            if experience.index in names:
+                raise BadInput(
+                    f"evaluate: {names[experience.index]!r} and {experience.name!r} both have the index "
+                    f"{experience.index}, so one score would be lost; score them in two calls"
+                )
+            names[experience.index] = experience.name
         return {experience.index: self._evaluate_one(experience, split) for experience in experiences}
 
     def _evaluate_one(self, experience: Experience, split: str) -> float | None:
@@ -112,7 +129,9 @@ class Learner(Loop):
             raise BadInput(f"predict: objective {self.objective.name!r} has no classes; use the model's `generate`")
         if not self.labels:
             raise BadInput("predict: nothing was learnt yet; call `learn` first")
+        self.refuse_detached()
         names, found = self.seen, []
+        classes = None if classes is None else as_labels(classes) or []
         unknown = [name for name in classes or () if name not in self.labels]
         if unknown or (classes is not None and not len(classes)):
             raise BadInput(
@@ -130,7 +149,14 @@ class Learner(Loop):
         return found
 
     def features(self, rows: Rows) -> Tensor:
-        """Pooled features [rows, D] in float32 on the CPU, in evaluation mode."""
+        """Pooled features [rows, D] in float32 on the CPU, in evaluation mode.
+
+        Raises:
+            BadInput: there are no rows, or the learner was detached.
+        """
+        self.refuse_detached()
+        if not len(rows):
+            raise BadInput("features: there are no rows; give at least one")
         with quiet(self.model), torch.no_grad():
             parts = [
                 self.objective.forward(self.model, None, batch, self.pooling).features.float().cpu()
@@ -140,6 +166,7 @@ class Learner(Loop):
 
     def observe(self, rows: Rows, log: RouterLog) -> None:
         """Adds to `log` how the memories answer rows (no labels needed), in evaluation mode."""
+        self.refuse_detached()
         with quiet(self.model), torch.no_grad():
             for batch in self.batches(rows, unlabelled=True):
                 with self.autocast(), self.observing(batch, log):
@@ -147,13 +174,24 @@ class Learner(Loop):
 
     def partial_fit(self, rows: Sequence[Row]) -> Learner:
         """Learns rows that just arrived: one pass in batches. With `protocol.boundaries: none` the optimizer goes on
-        from call to call and the method is not told that anything new begins; else each call is an experience.
+        from call to call and the method is not told that anything new begins; else each call is an experience. What
+        an error leaves behind is said at `learn`.
 
         Raises:
-            BadInput: no rows, or a row that does not fit.
+            BadInput: no rows, a row that does not fit, or a method that learns after the last experience only.
         """
+        late = [method.name for method in self.methods if "all_data" in method.needs]
+        if late:
+            raise BadInput(
+                f"partial_fit: {', '.join(late)} learns nothing before the last experience, and arriving rows have "
+                "none; give experiences to `learn`, the last one with last=True, or use another method"
+            )
+        try:
+            train = list(rows)
+        except TypeError:
+            raise BadInput(f"partial_fit: expected a list of rows, found {type(rows).__name__}") from None
         number = self.position.experience
-        return self.learn(Experience(index=number, name=f"arrival-{number}", train=list(rows)))  # type: ignore[return-value]
+        return self.learn(Experience(index=number, name=f"arrival-{number}", train=train))  # type: ignore[return-value]
 
     def forget(self, write: int) -> Any:
         """Takes one write back at the level the method declares (`Method.removal`).
@@ -161,6 +199,7 @@ class Learner(Loop):
         Raises:
             BadInput: there is no such write, or the method cannot; `perdure undo` returns to an older state instead.
         """
+        self.refuse_detached()
         if not 0 <= write < len(self.writes):
             raise BadInput(f"forget: write {write} does not exist; there are {len(self.writes)}")
         unable = [method.name for method in self.methods if method.removal == "rollback"]
@@ -176,11 +215,12 @@ class Learner(Loop):
         return gone
 
     def detach(self) -> nn.Module:
-        """Takes everything out of the model again and returns it: the original, bit for bit."""
-        for method in reversed(self.methods):
-            method.detach(self.host)
-        for parameter, trained in self._trained_before:
-            parameter.requires_grad_(trained)
+        """Takes everything out of the model again and returns it: the original, bit for bit, which parameters train and
+        the mode of its modules included. The learner is then of no further use; a second call does nothing.
+        """
+        if holds(self.model, self._held):
+            self._original.restore()
+            release(self.model)
         return self.model
 
     # ---- state
@@ -196,6 +236,8 @@ class Learner(Loop):
         found, values["rng"] = rng_state()
         tensors |= _prefixed("rng", found)
         tensors["generator"] = generator_state(self.generator)
+        if self.position.phase == "train" and self._asked is not None:
+            tensors["sampler"] = self._asked
         found, values["replay"] = self.replay.state_dict()
         tensors |= _prefixed("replay", found)
         found, values["previous"] = self.services.previous_state()
@@ -207,6 +249,7 @@ class Learner(Loop):
 
     def learnt_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What was learnt: adapters, heads, classes; no optimizer, no random state."""
+        self.refuse_detached()
         tensors: dict[str, Tensor] = {}
         values: dict[str, Any] = {"methods": [], "names": [method.name for method in self.methods]}
         for number, method in enumerate(self.methods):
@@ -230,8 +273,9 @@ class Learner(Loop):
         """Restores what `state_dict` gave into a learner made with the same settings.
 
         Raises:
-            BadInput: the state belongs to other methods or another head.
+            BadInput: the state belongs to other methods or another head, or the learner was detached.
         """
+        self.refuse_detached()
         from .state import set_generator_state, set_rng_state
 
         self.services.load_previous_state(_under("previous", tensors), values["previous"], self._load_learnt)
@@ -245,6 +289,7 @@ class Learner(Loop):
             assert self.optimization is not None
             self.optimization.load_state_dict(_under("optimizer", tensors), values["optimizer"])
         set_generator_state(self.generator, tensors["generator"])
+        self._asked = tensors.get("sampler")
         set_rng_state(_under("rng", tensors), values["rng"])
 
     def _load_learnt(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -278,8 +323,13 @@ class Learner(Loop):
         )
 
     # ---- folders
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path, *, replay: bool = False) -> Path:
         """Writes adapters, heads and settings (no base weights) into `folder`; `from_pretrained` reads them back.
+
+        Args:
+            folder: made where it does not exist.
+            replay: also write the rows kept for rehearsal, as they are. Without them a method that rehearses begins
+                with an empty buffer.
 
         Raises:
             CannotWrite: the disk is full or the folder not writable; what was there before stays.
@@ -292,6 +342,14 @@ class Learner(Loop):
             "settings": self.settings(),
             "base": {"hash": model_hash(self.frozen_base()), "name": self._base_name()},
         }
+        if replay:
+            found, values["replay"] = self.replay.state_dict()
+            tensors |= _prefixed("replay", found)
+        elif len(self.replay):
+            log.warning(
+                "save_pretrained: the %d rows kept for rehearsal are not in %s; replay=True takes them along",
+                len(self.replay), folder,
+            )  # fmt: skip
         return write_portable(Path(folder), tensors, values)
 
     def settings(self) -> dict[str, Any]:
@@ -325,20 +383,22 @@ class Learner(Loop):
         }  # fmt: skip
 
     def _base_name(self) -> str:
-        return str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "")
+        """What `from_pretrained` can load the base by: as `load_model` was asked for it, else as transformers was."""
+        asked = getattr(self.model, ASKED, None)
+        return str(asked or getattr(getattr(self.model, "config", None), "_name_or_path", "") or "")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: nn.Module | None = None, processor: Any = None) -> Learner:
         """Reads a folder of `save_pretrained`. The base model is given, or loaded under the name it was saved with.
 
         Raises:
-            BadInput: no such folder, or the base is another model (its hash differs).
-            DamagedState: a file fails its checksum.
+            BadInput: no such folder, or the base is another model (its hash differs). A given model is then as before.
+            DamagedState: a file fails its checksum, or is not what `save_pretrained` writes.
         """
-        from .state import model_hash
-        from .state.portable import read_portable
+        from .state.portable import check_form, read_portable
 
         tensors, values = read_portable(Path(folder))
+        check_form(values, set(inspect.signature(cls).parameters) - {"model", "processor"}, folder)
         objective = next(iter(values["settings"]["objective"]))
         if model is None:
             from .models import load_model
@@ -347,17 +407,35 @@ class Learner(Loop):
                 raise BadInput(f"{folder}: does not say which model it belongs to; give `model` and `processor`")
             model, processor, _ = load_model(values["base"]["name"], objective)
         learner = cls(model, processor, **values["settings"])
-        learner._load_learnt(tensors, values)
-        found = model_hash(learner.frozen_base())
-        if found != values["base"]["hash"]:
+        try:
+            learner._take_over(tensors, values, folder)
+        except BaseException:
+            learner.detach()
+            raise
+        return learner
+
+    def _take_over(self, tensors: dict[str, Tensor], values: dict[str, Any], folder: str | Path) -> None:
+        from .state import model_hash
+
+        base, found = values["base"], model_hash(self.frozen_base())  # before anything is put into the model
+        if found != base["hash"]:
             raise BadInput(
                 f"model: its weights (hash {found[:12]}) are not those that {folder} was learnt on "
-                f"({values['base']['hash'][:12]}, {values['base']['name'] or 'unnamed'}); load that model"
+                f"({base['hash'][:12]}, {base['name'] or 'unnamed'}); load that model"
             )
-        learner.position.experience = len(learner.history)
+        try:
+            self._load_learnt(tensors, values)
+            if "replay" in values:
+                self.replay.load_state_dict(_under("replay", tensors), values["replay"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(
+                f"model: what {folder} holds does not fit {type(self.model).__name__} ({reason}); give the model it "
+                f"was learnt on ({base['name'] or 'unnamed'})"
+            ) from error
+        self.position.experience = len(self.history)
         # What is learnt from here on must not draw again what the first experiences drew.
-        learner.generator.manual_seed(derived_seed(learner.seed, "methods", len(learner.writes)))
-        return learner
+        self.generator.manual_seed(derived_seed(self.seed, "methods", len(self.writes)))
 
 
 def _without_answers(batch: Batch) -> Batch:

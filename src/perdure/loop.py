@@ -12,22 +12,27 @@ import torch
 from torch import nn
 
 from .assembly import (
-    build_auxiliary_head,
-    build_head,
+    as_labels,
+    build_heads,
     check_combination,
+    choose_head,
+    choose_objective,
     complete_methods,
     settings_of,
 )
+from .attachment import Original, hold, holds, refuse_taken
 from .bookkeeping import Counters, Past, Position
+from .bookmark import Bookmark, HeadMark
 from .config import ProtocolConfig, TrainingConfig
 from .data import Batch, Output, Rows
 from .errors import BadInput
+from .heads import Head
 from .hosts import Host
 from .loading import Granted, Plan, derived_seed
 from .protocol import check_granted
-from .registry import OBJECTIVES
 from .replay import ReplayBuffer
 from .services import Services
+from .state import generator_state, set_generator_state
 from .stepping import Stepping
 from .streams.experience import Experience
 
@@ -82,47 +87,62 @@ class Loop(Stepping):
         seed: int = 0,
         classes: Sequence[str] | None = None,
     ):
+        # Everything that can be refused is refused before the model is touched.
         self.training = settings_of(training, TrainingConfig, "training")
         self.protocol = settings_of(protocol, ProtocolConfig, "protocol")
-        ((name, config),) = OBJECTIVES.parse(objective, "objective")
-        self.objective = OBJECTIVES.get(name)(config)
-        self.objective.check_model(model, processor)
+        self.objective = choose_objective(objective)
         self.methods = complete_methods(method)
+        self.head = choose_head(head, self.objective)
+        self.declared = as_labels(classes)
         check_granted(self.methods, self.protocol, self.training)
-        check_combination(self.methods, self.objective, self.protocol, classes)
+        check_combination(self.methods, self.objective, self.protocol, self.declared)
+        self.host = Host(model, getattr(self.objective.config, "tower", None))
+        refuse_taken(model)
+        self.objective.check_model(model, processor)
         self.model, self.processor, self.seed = model, processor, seed
-        self.host = Host.of(model)
         automatic = getattr(self.objective.config, "pooling", None) == "auto"
         self.pooling = self.host.pool_default() if automatic else None
         self.labels: dict[str, int] = {}
-        self.declared = list(classes) if classes else None
         self.history: list[Past] = []
         self.writes: list[dict[str, Any]] = []
         self.position, self.counters = Position(), Counters()
         self._seed_everything()
+        self.auxiliary_head = build_heads(self.head, self.methods, self.host, seed)
         self.accelerator = _accelerator()
-        model.to(self.accelerator.device)
-        self._trained_before = [(p, p.requires_grad) for p in model.parameters()]
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
         self.generator = torch.Generator().manual_seed(derived_seed(seed, "methods"))
         everything = any("all_data" in method.needs for method in self.methods)
         samples = sys.maxsize if everything else max(method.requires_rehearsal() for method in self.methods)
         limit = None if everything else self.protocol.rehearsal_bytes
         self.replay = ReplayBuffer(samples, limit, generator=self.generator)
         self.services = Services(self)
-        for item in self.methods:
-            item.loop = self.services
-            item.attach(self.host)
-        width = self.host.width
-        self.head = build_head(head, self.objective, width, seed)
-        self.auxiliary_head = build_auxiliary_head(self.head, self.methods, width, seed)
-        self.system = System(self).to(self.accelerator.device).eval()
         self.optimization = None
         self._features = {}
         self.current = None
+        self._original = Original(self.host)
+        try:
+            self._enter_model()
+        except BaseException:
+            self._original.restore(half_done=True)
+            raise
 
     # ---- construction
+    def _enter_model(self) -> None:
+        self.model.to(self.device)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        for item in self.methods:
+            item.loop = self.services
+            self._original.attach(item)
+        self.system = System(self).to(self.device).eval()
+        self._held = hold(self.model, self.methods)
+
+    def refuse_detached(self) -> None:
+        """Raises BadInput after `detach`: the model is no longer what was learnt."""
+        if not holds(self.model, self._held):
+            raise BadInput(
+                "learner: it was detached from its model; make a new Learner, or load one with `from_pretrained`"
+            )
+
     def _seed_everything(self) -> None:
         import random
 
@@ -182,17 +202,35 @@ class Loop(Stepping):
         Raises:
             BadInput: the experience is empty, a row does not fit, or another one was left in its middle.
             NonFiniteLoss: the loss is NaN or infinite; the optimizer has not stepped on it.
+
+        After an error before the first step all is as if the experience had not been offered. After a later one the
+        learner stands in its middle: it takes the same experience again, an older state, or `abandon`.
         """
+        self.refuse_detached()
         self._clock = time.perf_counter()
         if not len(experience.train):
             raise BadInput(f"experience {experience.name!r}: has no training rows; give at least one")
-        grew = False
         if self.position.phase == "train":
             self._refuse_another(experience)
+        else:
+            self._bookmark = Bookmark(self, self._tells)
+        try:
+            self._learn(experience, on_step)
+        except BaseException:
+            if self._bookmark is not None:
+                self._bookmark.restore()
+            raise
+        finally:
+            self._bookmark = None
+        return self
+
+    def _learn(self, experience: Experience, on_step: Callable[[Any, dict[str, float]], None] | None) -> None:
+        grew, resumed = False, self.position.phase == "train"
+        if resumed:
             self.current = experience
         else:
             grew = self._begin(experience)
-        rows = self._training_rows(experience)
+        rows = self._training_rows(experience, resumed)
         if len(rows):
             plan = self._plan(rows)
             self._steps_per_epoch, self.steps_planned = plan.steps_per_epoch, plan.steps
@@ -200,31 +238,47 @@ class Loop(Stepping):
                 self._optimize_anew(keep=self.optimization)
             self._train(rows, plan, on_step)
             self._end(experience, rows)
+        self._leave()
+        self._forget_features(experience)
+        self.tick()
+
+    def _leave(self) -> None:
         self.position = Position(self.position.experience + 1, 0, "boundary")
         if self.protocol.boundaries == "train":
             self.optimization = None
-        self._forget_features(experience)
-        self.tick()
-        return self
+
+    def abandon(self) -> None:
+        """Gives up the experience in whose middle an error has left the learner, so that it can learn others.
+
+        What its steps have changed stays, and so does its write. Before its first step an experience that fails leaves
+        nothing to give up, and nothing is done.
+        """
+        self.refuse_detached()
+        if self.position.phase == "train":
+            self._leave()
 
     def _refuse_another(self, experience: Experience) -> None:
         past = self.history[-1]
         if past.hash and experience.hash != past.hash:
             raise BadInput(
                 f"experience {experience.name!r}: the learner stands at step {self.position.step} of {past.name!r}, "
-                "whose rows are others; give that experience again, or load an older state"
+                "whose rows are others; give that experience again, load an older state, or call `abandon` to leave "
+                "the rest of it"
             )
+
+    @property
+    def _tells(self) -> bool:
+        """Whether methods are told that the next experience begins; the first one they always see."""
+        return self.protocol.boundaries == "train" or not self.history
 
     def _begin(self, experience: Experience) -> bool:
         labels = self._label_names(experience)
         self.objective.check(experience.train, self.processor)
         self._refuse_undeclared(labels)
-        first = not self.history
-        told = self.protocol.boundaries == "train" or first
-        if told and not first and any("old_model" in method.needs for method in self.methods):
+        told = self._tells
+        if told and self.history and any("old_model" in method.needs for method in self.methods):
             self.services.remember_model()  # before the heads grow
-        before = dict(self.labels)
-        self.current = experience
+        self.current, self._asked = experience, None
         grew = self._see(labels)
         self.history.append(Past(experience.index, experience.name, labels, experience.hash))
         self.writes.append(
@@ -232,14 +286,8 @@ class Loop(Stepping):
         )
         if told:
             self.services.router_log.reset()  # what it counts is this experience
-            try:
-                for method in self.methods:
-                    method.before_experience(self._as_granted(experience))
-            except BadInput:  # refused: as if it had not been offered
-                self.labels = before
-                self.history.pop()
-                self.writes.pop()
-                raise
+            for method in self.methods:
+                method.before_experience(self._as_granted(experience))
             self.system.to(self.device)
         self.position = Position(self.position.experience, 0, "train")
         return grew
@@ -266,14 +314,22 @@ class Loop(Stepping):
         rows = Granted(experience.train, experience.classes)
         return replace(experience, train=rows, test=(), valid=(), task=task)
 
-    def _training_rows(self, experience: Experience) -> Rows:
+    def _training_rows(self, experience: Experience, resumed: bool) -> Rows:
+        """What the methods choose to train on; asked again after a resume, they draw what they drew before."""
         rows: Rows = experience.train
         if self.protocol.boundaries == "none":  # to be asked here would tell that something new begins
             return rows
+        now = generator_state(self.generator)
+        if resumed and self._asked is not None:
+            set_generator_state(self.generator, self._asked)
+        else:
+            self._asked = now
         for method in self.methods:
             chosen = method.sampler(self._as_granted(experience))
             if chosen is not None:
                 rows = chosen
+        if resumed:
+            set_generator_state(self.generator, now)
         return rows
 
     def _plan(self, rows: Rows) -> Plan:
@@ -295,11 +351,19 @@ class Loop(Stepping):
     def _fit_head(self, experience: Experience, rows: Rows) -> None:
         """The closed-form head's pass; counted as extra where the adapter has already had its own passes."""
         assert self.head is not None
-        self.head.begin_fit(len(rows), derived_seed(self.seed, "fit", self.position.experience) % 2**31)
+        mark = HeadMark(self.head)
+        try:
+            self._fit(self.head, experience, rows)
+        except BaseException:  # half a pass must not stay in the sums: the whole pass comes again
+            mark.restore()
+            raise
+
+    def _fit(self, head: Head, experience: Experience, rows: Rows) -> None:
+        head.begin_fit(len(rows), derived_seed(self.seed, "fit", self.position.experience) % 2**31)
         if self.caches_features:
             features = self._cached_features(experience, "train", rows)
             ids = torch.tensor([self.labels[str(row["label"])] for row in rows])
-            self.head.update(features.to(self.device), ids.to(self.device))
+            head.update(features.to(self.device), ids.to(self.device))
         else:
             if self.optimization is not None:
                 self.counters.extra_passes += 1
@@ -308,8 +372,8 @@ class Loop(Stepping):
                 with torch.no_grad(), self.autocast():
                     output = self.objective.forward(self.model, None, batch, self.pooling)
                 assert output.features is not None and batch.labels is not None
-                self.head.update(output.features.float(), batch.labels)
-        self.head.end_fit()
+                head.update(output.features.float(), batch.labels)
+        head.end_fit()
 
 
 def _accelerator() -> Any:

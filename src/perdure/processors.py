@@ -331,7 +331,10 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
     Raises:
         BadInput: names both numbers.
     """
-    embeddings = model.get_input_embeddings()
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embeddings = None
     weight = getattr(embeddings, "weight", None)
     if weight is None:
         raise BadInput(f"model: {type(model).__name__} has no token embeddings; rows of text need a text model")

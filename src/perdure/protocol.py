@@ -22,7 +22,17 @@ def check_list(methods: Sequence[Method]) -> None:
 
 
 def check_granted(methods: Sequence[Method], protocol: ProtocolConfig, training: TrainingConfig) -> None:
-    """Raises ProtocolRefused, naming the field, where a method needs or the training takes more than is granted."""
+    """Checks what the methods need and the training takes against what is granted; each message names the field.
+
+    Raises:
+        ProtocolRefused: it is more than is granted.
+        BadInput: the schedule has no end to go to.
+    """
+    if protocol.boundaries == "none" and training.lr_scheduler != "constant":
+        raise BadInput(
+            f"training.lr_scheduler: is {training.lr_scheduler}, but with protocol.boundaries none training has no end "
+            "that it could reach; set it to constant"
+        )
     for method in methods:
         if "task_id" in method.needs and protocol.task_id == "none":
             raise ProtocolRefused(f"protocol.task_id: is none, but {method.name} needs it; set it to train or test")

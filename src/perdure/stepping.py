@@ -20,6 +20,7 @@ from .optim import Optimization
 from .passes import Passes
 
 if TYPE_CHECKING:
+    from .bookmark import Bookmark
     from .replay import ReplayBuffer
     from .streams.experience import Experience
 
@@ -43,6 +44,8 @@ class Stepping(Passes):
     _step_classes: Tensor | None = None
     _rows: Rows = ()
     _plan_now: Plan | None = None
+    _bookmark: Bookmark | None = None
+    _asked: Tensor | None = None
 
     # ---- what trains
     def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
@@ -181,7 +184,10 @@ class Stepping(Passes):
         if norm is not None:
             self._refuse_non_finite(norm, "gradient norm", log)
         before = optimization.values() if any(method.needs_before_update for method in self.methods) else {}
-        optimization.step(self.position.step, plan.steps)
+        self._bookmark = None  # from here on the experience leaves a trace
+        # Without boundaries the optimizer goes on from one to the next, and its warm-up with it.
+        taken = self.counters.steps if self.protocol.boundaries == "none" else self.position.step
+        optimization.step(taken, plan.steps)
         with torch.no_grad():
             for method in self.methods:
                 method.after_update(before)

@@ -50,17 +50,19 @@ class Host:
 
     Args:
         model: the user's own nn.Module, not a distributed wrapper around it.
+        tower: "vision" or "text" where there are two and one of them alone is meant.
 
     Attributes:
         model: that object.
+        tower: what width, depth, sites and blocks are of where they are asked for no tower; None for all.
         family: "bert", "vit", "clip", "gpt2", "llama" ...; the config's model type, or the class name without a config.
         towers: name -> Tower; empty if there are no blocks.
 
     Raises:
-        BadInput: not an nn.Module, a distributed wrapper, or an encoder-decoder model.
+        BadInput: not an nn.Module, a distributed wrapper, an encoder-decoder model, or there is no such tower.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, tower: str | None = None):
         if not isinstance(model, nn.Module):
             raise BadInput(f"model: expected a torch.nn.Module, found {type(model).__name__}; load the model first")
         if type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
@@ -77,12 +79,14 @@ class Host:
         self.family: str = _FAMILIES.get(kind, kind)
         stacks = _stacks(model)
         self._blocks = [
-            _block(child, f"{path}.{name}" if path else name, index, tower, text=tower == "text" or kind == _CLIP_TEXT)
-            for tower, path in stacks.items()
+            _block(child, f"{path}.{name}" if path else name, index, side, text=side == "text" or kind == _CLIP_TEXT)
+            for side, path in stacks.items()
             for index, (name, child) in enumerate(model.get_submodule(path).named_children())
         ]
         self._sites = _find_sites(model, self._blocks)
-        self.towers = {tower: self._tower(tower, path) for tower, path in stacks.items()}
+        self.towers = {name: self._tower(name, path) for name, path in stacks.items()}
+        self.tower: str | None = None
+        self.tower = self._check_tower(tower)
 
     @classmethod
     def of(cls, model: Host | nn.Module) -> Host:
@@ -105,7 +109,8 @@ class Host:
         return self._one("depth")
 
     def _one(self, field: str) -> int:
-        values = {getattr(tower, field) for tower in self.towers.values()}
+        among = self.towers.values() if self.tower is None else [self.towers[self.tower]]
+        values = {getattr(tower, field) for tower in among}
         if len(values) == 1:
             return values.pop()
         found = ", ".join(f"{t.name}: {getattr(t, field)}" for t in self.towers.values()) or "no blocks"
@@ -142,7 +147,7 @@ class Host:
                 ("attention", "ffn", "all"), "other", or "re:" with a regular expression that is matched from the start
                 of the module's path in the model ("re:.*q_proj$"); or a list of these. Groups skip what a family lacks.
             layers: indices of blocks, negative from the end; all when None.
-            tower: "vision" or "text" where there are two; both when None.
+            tower: "vision" or "text" where there are two; the Host's own when None, else both.
 
         Raises:
             BadInput: nothing fits; the message names what was found.
@@ -206,11 +211,12 @@ class Host:
         return Tower(name, path, sum(block.tower == name for block in self._blocks), entry[0].in_features)
 
     def _check_tower(self, tower: str | None) -> str | None:
-        if tower is None or tower in self.towers:
+        if tower is None:
+            return self.tower
+        if tower in self.towers:
             return tower
-        raise BadInput(
-            f"tower: {tower!r} is unknown; {type(self.model).__name__} has {list(self.towers) or 'no blocks'}"
-        )
+        found = [name for name in self.towers if name] or "none that has a name; leave it out"
+        raise BadInput(f"tower: {tower!r} is unknown; {type(self.model).__name__} has {found}")
 
     def _layers(self, layers: list[int], tower: str) -> set[int]:
         depth = self.towers[tower].depth if tower in self.towers else 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -52,6 +53,8 @@ class Classification(Objective):
         """Features to unit norm. Off: the cosine and ridge heads do it themselves, a linear head wants the length."""
         augment: Literal["none", "flip_crop"] = "none"
         """Images in training: mirrored half of the time, shifted by up to an eighth of each side."""
+        tower: Literal["vision", "text"] | None = None
+        """Of a model with two towers (CLIP) the one that is adapted and whose features are classified."""
 
     config: Classification.Config
 
@@ -64,12 +67,34 @@ class Classification(Objective):
             else:
                 _image(row, position)
         if rows:
-            image_processor_of(processor) if _are_images(rows) else tokenizer_of(processor)
+            images = _are_images(rows)
+            image_processor_of(processor) if images else tokenizer_of(processor)
+            if self.config.tower == ("text" if images else "vision"):
+                kind = "images" if images else "text"
+                raise BadInput(
+                    f"objective.classification.tower: is {self.config.tower}, but the rows are {kind}; name the other"
+                )
 
     def check_model(self, model: Any, processor: Any) -> None:
-        if hasattr(processor, "decode"):
-            check_tokenizer(processor, model)
-            limit = position_limit(model)
+        part = model
+        if hasattr(model, "vision_model") and hasattr(model, "text_model"):
+            if self.config.tower is None:
+                raise BadInput(
+                    f"objective.classification.tower: is not set, but {type(model).__name__} has two; name the "
+                    "one that takes the rows, vision or text"
+                )
+            part = getattr(model, f"{self.config.tower}_model")
+        if processor is None:  # said when there are rows
+            return
+        text = takes(part, "input_ids") and _has(tokenizer_of, processor)
+        if not text and not (takes(part, "pixel_values") and _has(image_processor_of, processor)):
+            raise BadInput(
+                f"processor: {type(part).__name__} takes {getattr(part, 'main_input_name', 'other inputs')}, which "
+                f"{type(processor).__name__} does not make; pass the model's own tokenizer or image processor"
+            )
+        if text:
+            check_tokenizer(tokenizer_of(processor), part)
+            limit = position_limit(part)
             if limit is not None and self.config.max_length > limit:
                 raise BadInput(
                     f"objective.max_length: {self.config.max_length} is more than the model's {limit} positions; "
@@ -134,6 +159,12 @@ class Classification(Objective):
     def features(self, model: Any, batch: Batch, pooling: str | None = None) -> tuple[Tensor, Any]:
         """Pooled features [B, D] float32 and the host's own output; what may be cached when the host is frozen."""
         backbone = backbone_of(model, batch.inputs)
+        foreign = [name for name in batch.inputs if name in ("input_ids", "pixel_values") and not takes(backbone, name)]
+        if foreign:
+            raise BadInput(
+                f"rows: give {foreign[0]}, but {type(backbone).__name__} takes {backbone.main_input_name}; give "
+                "rows of the model's own kind, with `text` or with `image`"
+            )
         host = backbone(**batch.inputs)
         pooling = pooling or self.config.pooling
         if pooling == "auto":
@@ -245,6 +276,20 @@ def backbone_of(model: Any, inputs: Mapping[str, Any]) -> Any:
     if hasattr(model, "vision_model") and hasattr(model, "text_model"):
         return getattr(model, tower)
     return getattr(model, "base_model", model)
+
+
+def takes(module: Any, name: str) -> bool:
+    """Whether a forward pass takes the input of this name; True where a model does not say what its main input is."""
+    main = getattr(module, "main_input_name", None)
+    return main in (None, name) or name in inspect.signature(module.forward).parameters
+
+
+def _has(find: Callable[[Any], Any], processor: Any) -> bool:
+    try:
+        find(processor)
+    except BadInput:
+        return False
+    return True
 
 
 VISION_WITH_CLASS_TOKEN = ("vit", "deit", "dinov2", "beit", "clip_vision_model", "vit_msn")
