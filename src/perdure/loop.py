@@ -29,6 +29,7 @@ from .errors import BadInput
 from .heads import Head
 from .hosts import Host
 from .loading import Granted, Plan, derived_seed
+from .methods import Method
 from .protocol import check_granted
 from .replay import ReplayBuffer
 from .services import Services
@@ -317,14 +318,15 @@ class Loop(Stepping):
     def _training_rows(self, experience: Experience, resumed: bool) -> Rows:
         """What the methods choose to train on; asked again after a resume, they draw what they drew before."""
         rows: Rows = experience.train
-        if self.protocol.boundaries == "none":  # to be asked here would tell that something new begins
+        choosing = [method for method in self.methods if type(method).sampler is not Method.sampler]
+        if not choosing or self.protocol.boundaries == "none":  # to be asked would tell that something new begins
             return rows
         now = generator_state(self.generator)
         if resumed and self._asked is not None:
             set_generator_state(self.generator, self._asked)
         else:
             self._asked = now
-        for method in self.methods:
+        for method in choosing:
             chosen = method.sampler(self._as_granted(experience))
             if chosen is not None:
                 rows = chosen

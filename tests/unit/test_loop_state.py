@@ -281,13 +281,12 @@ UNUSED = {
     ("value", "names"): "checked, not restored: a fresh learner has the same",
     ("value", "declared"): "an argument of the learner: a fresh one has the same",
     ("tensor", "replay"): "arrays of images; these rows are text",
-    ("tensor", "sampler"): "no method here chooses its rows; test_learner_errors has one that does",
 }
 FIELDS = (
     "methods", "names", "head", "auxiliary", "labels", "declared", "writes", "history", "optimizer", "rng", "replay",
     "previous", "router", "position", "counters",
 )  # fmt: skip
-PREFIXES = ("method", "head", "auxiliary", "optimizer", "rng", "generator", "replay", "previous", "router", "sampler")
+PREFIXES = ("method", "head", "auxiliary", "optimizer", "rng", "generator", "replay", "previous", "router")
 
 
 def _make() -> Learner:
