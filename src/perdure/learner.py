@@ -23,6 +23,7 @@ from .loading import derived_seed
 from .loop import Loop
 from .memory.observe import RouterLog
 from .models import ASKED
+from .passes import features_of
 from .streams.experience import Experience
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Learner(Loop):
                     output = self.forward(_without_answers(batch))
                 summed, count = self.objective.score(batch, output, allowed)
                 total += torch.stack([torch.as_tensor(summed).double().cpu(), torch.as_tensor(count).double().cpu()])
-        return self.objective.finish(float(total[0]), float(total[1]))
+        return self.objective.finish(float(total[0]), int(total[1]))
 
     def _capped(self, rows: Rows) -> Rows:
         limit = self.protocol.max_test_rows
@@ -159,7 +160,7 @@ class Learner(Loop):
             raise BadInput("features: there are no rows; give at least one")
         with quiet(self.model), torch.no_grad():
             parts = [
-                self.objective.forward(self.model, None, batch, self.pooling).features.float().cpu()
+                features_of(self.objective.forward(self.model, None, batch, self.pooling))
                 for batch in self.batches(rows, unlabelled=True)
             ]
         return torch.cat(parts)

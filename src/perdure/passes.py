@@ -79,7 +79,7 @@ class Passes:
         if key not in self._features:
             with quiet(self.model), torch.no_grad(), self.autocast():
                 self._features[key] = torch.cat([
-                    _features_of(self.objective.forward(self.model, None, batch, self.pooling))
+                    features_of(self.objective.forward(self.model, None, batch, self.pooling))
                     for batch in self.batches(rows, Unlearnt(self.labels))
                 ])  # fmt: skip
         return self._features[key]
@@ -101,5 +101,5 @@ class Passes:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
-def _features_of(output: Any) -> Tensor:
+def features_of(output: Any) -> Tensor:
     return output.features.float().cpu()
