@@ -380,7 +380,7 @@ class Learner(Loop):
         trained = {id(p) for _, p in self.named_trainable()} | {id(p) for m in self.methods for _, p in m.touched()}
         return {
             name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items()
-            if id(tensor) not in trained and "perdure" not in name and "lora_" not in name
+            if id(tensor) not in trained and "perdure" not in name
         }  # fmt: skip
 
     def _base_name(self) -> str:
