@@ -19,7 +19,6 @@ from perdure.comparison import compare, plan
 from perdure.evaluation.ledger import append, rows_from_comparison
 from perdure.recipe import load_recipe
 from perdure.run import read_report
-from perdure.state import environment
 
 LEDGER = Path("results/ledger.jsonl")
 
@@ -71,9 +70,9 @@ def main() -> None:
     comparison, page = compare(
         load_recipe(options.recipe), arms, list(range(options.seeds)), options.reference, progress=False
     )
-    facts = environment()
-    hardware = f"{facts.get('cpu', 'CPU')}, 1 thread a run, {options.processes} runs at a time"
-    for row in rows_from_comparison(comparison, hardware=hardware, commit=str(facts.get("commit")), note=options.note):
+    for line in comparison["warnings"]:
+        print(f"warning: {line}", flush=True)
+    for row in rows_from_comparison(comparison, note=options.note):
         append(LEDGER, row)
     print(json.dumps({row["method"]: row["metrics"]["average_accuracy"] for row in comparison["rows"]}, indent=1))
     print(page)

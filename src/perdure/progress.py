@@ -22,7 +22,7 @@ class Progress:
     """
 
     def __init__(self, enabled: bool = True, console: Console | None = None):
-        self.console = console or Console(stderr=True, soft_wrap=True, highlight=False)
+        self.console = console or Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
         self.enabled = enabled
         self._bars: Bars | None = None
         self._task: Any = None

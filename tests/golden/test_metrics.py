@@ -164,6 +164,8 @@ def test_stability_gap():
     assert m.min_acc(PROBES, ENDS) == pytest.approx(0.4)
     assert m.wc_acc(PROBES, ENDS) == pytest.approx(1.0 / 3 + 2 / 3 * 0.4)
     assert m.min_acc(PROBES, [10]) is None
+    assert m.wc_acc({0: [(5, 0.4), (10, 0.8)]}, [10]) == 0.8  # one experience: a(1), as the formula has it
+    assert m.wc_acc({}, [10]) is None
     assert m.min_acc({0: [(5, 0.1)], 1: [(20, 0.9)]}, [10, 20]) is None
     assert m.min_acc({0: [(11, 20.0), (12, 30.0)], 1: []}, [10, 20], higher_is_better=False) == 30.0
 

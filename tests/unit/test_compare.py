@@ -87,6 +87,37 @@ def test_one_seed_is_an_illustration():
     assert entry["mean"] is not None and entry["low"] is None and entry["high"] is None
 
 
+def test_fewer_than_three_seeds_are_an_illustration():
+    assert c.build_comparison(arms((0, 1)), recipe="demo")["illustration"] is True
+    assert c.build_comparison(arms((0, 1, 2)), recipe="demo")["illustration"] is False
+
+
+def test_what_made_the_runs_is_collected_over_all_of_them():
+    """A comparison that reuses runs of older code, or of another machine, says so."""
+    runs = arms((0, 1, 2))
+    assert c.build_comparison(runs, recipe="demo")["warnings"] == []
+    for report in runs["lora"]:
+        report["environment"] = {**report["environment"], "commit": "old", "cpu": "X", "threads": 1}
+    for report in (r for arm, reports in runs.items() for r in reports if arm != "lora"):
+        report["environment"] = {**report["environment"], "commit": "new", "cpu": "X", "threads": 2}
+    runs["moram"][1]["environment"]["commit"] = None
+    made = c.build_comparison(runs, recipe="demo")
+    commit, threads = made["warnings"]
+    assert "differ in commit: new (17 runs), old (3 runs), not recorded (1 run)" in commit
+    assert "differ in threads: 2 (18 runs), 1 (3 runs)" in threads
+    assert made["environment"]["commit"] == ["new", "old", None] and made["environment"]["cpu"] == "X"
+    rows = {row["arm"]: row for row in made["rows"]}
+    assert [one["commit"] for one in rows["moram"]["made_by"]] == ["new", None]
+    assert rows["lora"]["made_by"] == [{"commit": "old", "cpu": "X", "device": "cpu", "threads": 1}]
+
+
+def test_rows_keep_the_values_of_each_seed():
+    runs = arms((3, 1))
+    row = c.build_comparison(runs, recipe="demo")["rows"][0]
+    assert row["seeds"] == [3, 1]
+    assert row["values"]["forgetting"] == [r["metrics"]["forgetting"] for r in runs[row["arm"]]]
+
+
 def _two() -> dict:
     return {"a": [sample("a")], "b": [sample("b")]}
 
@@ -116,8 +147,24 @@ def test_unlike_runs_are_refused_by_field(change, field):
 
 def test_streams_may_differ_between_seeds_only():
     runs = {"a": [sample("a", 0), sample("a", 1)], "b": [sample("b", 0), sample("b", 1)]}
-    made = c.build_comparison(runs, recipe="x")
-    assert made["illustration"] is False
+    assert runs["a"][0]["details"]["stream"]["hash"] != runs["a"][1]["details"]["stream"]["hash"]
+    assert [row["seeds"] for row in c.build_comparison(runs, recipe="x")["rows"]] == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"length": 4}, "length"),
+        ({"classes": [["other"]]}, "classes"),
+        ({"class_order": "seed"}, "class_order"),
+    ],
+)
+def test_another_stream_under_another_seed_is_refused(change, field):
+    """Its rows may differ between seeds, but not what it is a stream of."""
+    runs = {"a": [sample("a", 0), sample("a", 1)]}
+    runs["a"][1]["details"]["stream"].update(change)
+    with pytest.raises(BadInput, match=rf"^details\.stream\.{field}: run 'a, seed 1'"):
+        c.build_comparison(runs, recipe="x")
 
 
 def test_wrong_arms_are_named():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from perdure.evaluation import ledger
 from perdure.evaluation.compare import build_comparison
 from tests.unit.report_samples import arms
 
+ROOT = Path(__file__).resolve().parents[2]
 FIGURE = {"mean": 0.8432, "low": 0.82, "high": 0.8664}
 ROW = {
     "recipe": "clinc150",
@@ -71,7 +73,7 @@ def test_a_line_cut_short_does_not_swallow_the_next(tmp_path):
         ({"status": "reproduced"}, "published is null"),
         ({"published": {"figure": 80.9, "source": "page"}}, "published names one"),
         ({"published": {"figure": 80.9}, "status": "differs"}, "published: expected"),
-        ({"seeds": [0]}, "one seed is an 'illustration'"),
+        ({"seeds": [0, 1]}, "fewer than 3 seeds are an 'illustration'"),
         ({"extra": 1}, "'extra' is unknown"),
     ],
 )
@@ -97,17 +99,46 @@ def test_good_statuses():
 
 def test_rows_from_a_comparison():
     comparison = build_comparison(arms((0, 1, 2)), recipe="demo", notes={"joint": "upper bound"})
-    rows = ledger.rows_from_comparison(comparison, hardware="2 CPU cores", commit="0123abc", note="reduced rows")
+    rows = ledger.rows_from_comparison(comparison, note="reduced rows")
     assert [r["method"] for r in rows] == [r["arm"] for r in comparison["rows"]]
     assert {r["status"] for r in rows} == {"no published figure"}
     assert rows[-1]["note"] == "reduced rows; upper bound"
     published = {"joint": {"figure": 92.0, "source": "a paper"}}
     with pytest.raises(BadInput, match="say whether it 'reproduced'"):
-        ledger.rows_from_comparison(comparison, hardware="x", commit="y", published=published)
-    told = ledger.rows_from_comparison(
-        comparison, hardware="x", commit="y", published=published, status={"joint": "differs"}
-    )
+        ledger.rows_from_comparison(comparison, published=published)
+    told = ledger.rows_from_comparison(comparison, published=published, status={"joint": "differs"})
     assert told[-1]["status"] == "differs" and told[-1]["published"]["figure"] == 92.0
+
+
+def test_commit_and_hardware_are_those_of_the_arms_own_runs():
+    """Finished runs are reused: what is checked out when the ledger is written made none of them."""
+    runs = arms((0, 1, 2))
+    for n, report in enumerate(r for reports in runs.values() for r in reports):
+        report["environment"] = {"commit": "old" if n < 4 else "new", "cpu": "EPYC", "threads": 1, "device": "cpu"}
+    runs["joint"][0]["environment"] = {}
+    rows = ledger.rows_from_comparison(build_comparison(runs, recipe="demo"))
+    assert [r["commit"] for r in rows[:3]] == ["old", "old; new", "new"]
+    assert {r["hardware"] for r in rows[:-1]} == {"EPYC, 1 thread a run"}
+    assert rows[-1]["commit"] == "not recorded; new"
+    assert rows[-1]["hardware"] == "processor not recorded; EPYC, 1 thread a run"
+
+
+def test_two_seeds_enter_the_ledger_as_an_illustration():
+    rows = ledger.rows_from_comparison(build_comparison(arms((0, 1)), recipe="demo"))
+    assert {r["status"] for r in rows} == {"illustration"}
+
+
+def test_a_comparison_that_does_not_say_what_made_it_is_refused():
+    comparison = build_comparison(arms((0,)), recipe="demo")
+    del comparison["rows"][0]["made_by"]
+    with pytest.raises(BadInput, match="made_by: .* rebuild the comparison"):
+        ledger.rows_from_comparison(comparison)
+
+
+def test_the_ledger_of_the_project_is_valid_and_its_page_is_made_from_it():
+    rows = ledger.read(ROOT / "results" / "ledger.jsonl")
+    assert rows
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == ledger.markdown(rows), "run `make docs`"
 
 
 def test_page(tmp_path, capsys):

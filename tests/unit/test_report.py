@@ -94,6 +94,10 @@ def test_report_keys_and_metrics():
         ({"router": {"0.query": {"off_rate": "x"}}}, r"router\.0\.query\.off_rate"),
         ({"plasticity": {"drift": float("nan")}}, r"plasticity\.drift: found nan"),
         ({"curves": {"loss": [[1, 2]]}}, r"curves\.loss: point 0"),
+        ({"curves": {"loss": [[1, 0, 0.5], [2, 0, None]]}}, r"curves\.loss: point 1"),
+        ({"curves": {"loss": [[1, 0, "x"]]}}, r"curves\.loss: point 0"),
+        ({"curves": {"loss": None}}, r"curves\.loss: expected a list"),
+        ({"curves": {"loss": "falling"}}, r"curves\.loss: expected a list"),
     ],
 )
 def test_malformed_report_is_named(change, words_found):
@@ -180,6 +184,17 @@ def test_hostile_names_stay_text():
     assert "<script>alert('x')</script>" in visible(found) and "日本語" in visible(found)
 
 
+def test_long_labels_are_cut_on_the_page_and_whole_in_its_data():
+    report = sample()
+    report["details"]["stream"]["classes"][0] = ["x" * 5000]
+    report["details"]["stream"]["class_order"] = ["y" * 5000]
+    report["details"]["stream"]["experiences"][0] = "z" * 5000
+    found, data = check(render_run(report), "perdure-report")
+    assert data == report
+    text = visible(found)
+    assert not any(letter * 401 in text for letter in "xyz") and "x" * 100 in text
+
+
 def test_large_runs_stay_readable():
     report = sample(count=100, keep=0.99)
     report["details"]["stream"]["classes"] = [[f"intent {j}.{n}" for n in range(8)] for j in range(100)]
@@ -223,6 +238,33 @@ def test_comparison_page_of_three_seeds_has_bands_and_intervals():
     row = next(r for r in comparison["rows"] if r["arm"] == "moram")
     assert words.interval("average_accuracy", row["metrics"]["average_accuracy"]) in text
     assert "declares no tuning" in text
+
+
+def test_two_seeds_are_called_an_illustration_everywhere():
+    comparison, reports = _compared((0, 1))
+    text = visible(check(render_comparison(comparison, reports), "perdure-comparison")[0])
+    assert "illustration (2 seeds)" in text and "Fewer than 3 seeds" in text and "single run" not in text
+    shown = _printed(terminal.print_comparison, comparison, width=200)
+    assert "illustration (2 seeds)" in shown and "fewer than 3 seeds are an illustration" in shown
+
+
+@pytest.mark.parametrize(("equal", "claimed"), [(True, True), (False, False), (None, False)])
+def test_equal_tuning_is_claimed_only_where_it_is_declared(equal, claimed):
+    tuning = {"trials": 6} if equal is None else {"trials": 6, "equal": equal}
+    comparison, reports = _compared(tuning=tuning)
+    text = visible(check(render_comparison(comparison, reports), "perdure-comparison")[0])
+    assert ("same grid and number of trials" in text) is claimed
+    assert ("may not have had the same chance" in text) is not claimed
+
+
+def test_warnings_about_what_made_the_runs_are_shown():
+    runs = arms((0,))
+    runs["lora"][0]["environment"]["commit"] = "<b>old"
+    comparison = build_comparison(runs, recipe="demo")
+    page = render_comparison(comparison, [r for reports in runs.values() for r in reports])
+    said = "the runs differ in commit: not recorded (6 runs), <b>old (1 run)"
+    assert said in visible(check(page, "perdure-comparison")[0]) and "<b>old" not in page.split("<script")[0]
+    assert f"warning: {said}" in _printed(terminal.print_comparison, comparison, width=300)
 
 
 def test_joint_measured_once_renders():
@@ -311,6 +353,12 @@ def test_terminal_run():
     assert "note: Rates come" in text
     wide = _printed(terminal.print_run, sample(count=100, keep=0.99), width=80)
     assert " 100 " in wide and max(len(line) for line in wide.splitlines()) <= 80
+
+
+def test_names_are_no_emoji_codes(capsys):
+    terminal.print_run(sample(name=":bomb:"))
+    terminal.print_comparison(_compared(notes={"joint": "a :bomb:"})[0])
+    assert capsys.readouterr().out.count(":bomb:") == 2
 
 
 def test_terminal_comparison_marks_the_best():

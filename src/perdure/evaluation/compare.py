@@ -10,6 +10,10 @@ from ..errors import BadInput
 from .metrics import direction
 
 COMPARISON_SCHEMA = 1
+CLAIM_SEEDS = 3
+"""Fewer seeds are an illustration: with two, Student's interval is 12.7 standard errors wide on either side."""
+MADE_BY = ("commit", "cpu", "device", "threads")
+"""What of a run's environment decides whether its figures, seconds above all, stand beside those of another run."""
 Report = Mapping[str, Any]
 Interval = dict[str, float | None]
 
@@ -21,6 +25,8 @@ _SAME = (
     ("metric", "scores of different metrics cannot be compared"),
     ("higher_is_better", "scores of different metrics cannot be compared"),
     ("details.stream.scenario", "another scenario is another problem"),
+    ("details.stream.length", "another number of experiences is another problem"),
+    ("details.stream.class_order", "another order of classes is another problem"),
     ("protocol", "arms that may see or store different things cannot be compared"),
 )
 # A stream may depend on the seed, so its content must agree among the runs of one seed only.
@@ -138,6 +144,9 @@ def check_comparable(reports: Mapping[str, Report]) -> None:
     for run, report in reports.items():
         for field, why in _SAME:
             _agree(first, field, field, run, _get(report, field), why)
+        _agree(
+            first, "classes", "details.stream.classes", run, _all_classes(report), "other classes are another problem"
+        )
         for field, why in _SAME_PER_SEED:
             _agree(first, (field, report.get("seed")), field, run, _get(report, field), why)
         if report.get("status") != "complete":
@@ -162,6 +171,13 @@ def _get(report: Report, dotted: str) -> Any:
     for part in dotted.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def _all_classes(report: Report) -> list[str]:
+    """Sorted; by class a stream holds the same ones for every seed, whatever their order. By domain rows are drawn."""
+    if _get(report, "details.stream.scenario") not in ("class_incremental", "task_incremental"):
+        return []
+    return sorted({name for group in _get(report, "details.stream.classes") or () for name in group or ()})
 
 
 def _short(value: Any) -> str:
@@ -189,8 +205,11 @@ def build_comparison(
         notes: arm name -> one line shown beside the arm.
 
     Returns:
-        The contract's keys, and: `stream_details`, `tuning`; in each row `arm` (unique), `model` and `runs`
-        (indices into `runs`). `runs` lists the rows' runs in order; `render_comparison` takes reports in that order.
+        The contract's keys, and: `stream_details`, `tuning`, `warnings` (lines about runs made by different code or
+        machines); in each row `arm` (unique), `model`, `runs` (indices into `runs`), `values` (figure -> its values in
+        the order of `seeds`) and `made_by` (the different commits and machines of its runs). `environment` holds what
+        all runs share; where they differ, the list of what was found. `runs` lists the rows' runs in order;
+        `render_comparison` takes reports in that order.
 
     Raises:
         BadInput: no arm or an arm without runs, a seed twice in one arm, an unknown reference, runs that differ in
@@ -213,21 +232,48 @@ def build_comparison(
     for row in rows:
         row["difference"] = None if row["arm"] == reference else _differences(arms[row["arm"]], arms[reference])
     some = arms[reference][0]
+    environments = [report.get("environment") or {} for report in named.values()]
     return {
         "schema": COMPARISON_SCHEMA,
         "recipe": recipe,
         "metric": some["metric"],
         "higher_is_better": some["higher_is_better"],
         "reference": reference,
-        "illustration": any(len(row["seeds"]) < 2 for row in rows),
+        "illustration": any(len(row["seeds"]) < CLAIM_SEEDS for row in rows),
         "rows": rows,
         "protocol": some["protocol"],
         "stream": some["stream"],
         "stream_details": _get(some, "details.stream"),
-        "environment": some.get("environment", {}),
+        "environment": _shared(environments),
+        "warnings": _unlike(environments),
         "tuning": dict(tuning) if tuning else None,
         "runs": flat,
     }
+
+
+def _shared(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Each fact once; a list where the runs differ in it."""
+    found: dict[str, Any] = {}
+    for key in dict.fromkeys(key for one in environments for key in one):
+        values = _different([one.get(key) for one in environments])
+        found[key] = values[0] if len(values) == 1 else values
+    return found
+
+
+def _unlike(environments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A warning for each fact of `MADE_BY` in which the runs differ."""
+    lines = []
+    for key in MADE_BY:
+        values = [one.get(key) for one in environments]
+        counts = [(value, values.count(value)) for value in _different(values)]
+        if len(counts) > 1:
+            told = ", ".join(f"{'not recorded' if v is None else v} ({n} run{'s' * (n > 1)})" for v, n in counts)
+            lines.append(f"the runs differ in {key}: {told}; run all of them anew in another folder to rule that out")
+    return lines
+
+
+def _different(values: Sequence[Any]) -> list[Any]:
+    return [value for n, value in enumerate(values) if value not in values[:n]]
 
 
 def _labels(arm: str, reports: Sequence[Report], paths: Sequence[str] | None) -> list[str]:
@@ -265,6 +311,8 @@ def _row(arm: str, reports: Sequence[Report], note: str | None) -> dict[str, Any
         "seeds": [r["seed"] for r in reports],
         "metrics": {n: interval([r["metrics"].get(n) for r in reports]) for n in _names(reports, "metrics")},
         "cost": {n: interval([r["cost"].get(n) for r in reports]) for n in _names(reports, "cost")},
+        "values": {n: [r["metrics"].get(n) for r in reports] for n in _names(reports, "metrics")},
+        "made_by": _different([{key: (r.get("environment") or {}).get(key) for key in MADE_BY} for r in reports]),
         "difference": None,
         "status": arm_status(first),
         "note": note or "",

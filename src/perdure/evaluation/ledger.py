@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, CannotWrite, PerdureError
+from .compare import CLAIM_SEEDS
 
 FIELDS = ("recipe", "method", "head", "model", "stream", "seeds", "metrics", "cost", "hardware", "commit")
 FIELDS += ("published", "status", "note")
@@ -85,8 +86,8 @@ def _check_status(row: Mapping[str, Any], where: str) -> None:
         raise BadInput(f"{where}: status: is {status!r} but published is null; name the figure and its source")
     if status == "no published figure" and published is not None:
         raise BadInput(f"{where}: status: is {status!r} but published names one; use 'reproduced' or 'differs'")
-    if status != "illustration" and len(row["seeds"]) < 2:
-        raise BadInput(f"{where}: status: one seed is an 'illustration', found {status!r}")
+    if status != "illustration" and len(row["seeds"]) < CLAIM_SEEDS:
+        raise BadInput(f"{where}: status: fewer than {CLAIM_SEEDS} seeds are an 'illustration', found {status!r}")
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
@@ -143,8 +144,6 @@ def append(path: str | Path, row: Mapping[str, Any]) -> None:
 def rows_from_comparison(
     comparison: Mapping[str, Any],
     *,
-    hardware: str,
-    commit: str,
     published: Mapping[str, Mapping[str, Any]] | None = None,
     status: Mapping[str, str] | None = None,
     note: str = "",
@@ -152,22 +151,27 @@ def rows_from_comparison(
     """Ledger rows of all arms of a comparison.json.
 
     Args:
-        hardware, commit: what it ran on, and the version of the code.
         published: arm -> {"figure", "source"}.
-        status: arm -> status; else `illustration` for one seed, `no published figure` for an arm without one.
+        status: arm -> status; else `illustration` for fewer than 3 seeds, `no published figure` for an arm without one.
         note: said in every row, before the arm's own note.
 
+    Commit and hardware are what the arm's own runs recorded, all of them where they differ.
+
     Raises:
-        BadInput: an arm has a published figure but no status: whether it was reproduced is a judgement.
+        BadInput: an arm has a published figure but no status: whether it was reproduced is a judgement; or the
+            comparison does not say what made its runs.
     """
     rows = []
     for arm in comparison["rows"]:
         name = arm["arm"]
         found = (published or {}).get(name)
-        default = "illustration" if len(arm["seeds"]) < 2 else None if found else "no published figure"
+        default = "illustration" if len(arm["seeds"]) < CLAIM_SEEDS else None if found else "no published figure"
         said = (status or {}).get(name, default)
         if said is None:
             raise BadInput(f"status: arm {name!r} has a published figure; say whether it 'reproduced' or 'differs'")
+        made_by = arm.get("made_by")
+        if not made_by:
+            raise BadInput(f"made_by: arm {name!r} has none; rebuild the comparison with `perdure report` first")
         row = {
             "recipe": comparison["recipe"],
             "method": name,
@@ -177,14 +181,25 @@ def rows_from_comparison(
             "seeds": arm["seeds"],
             "metrics": arm["metrics"],
             "cost": arm["cost"],
-            "hardware": hardware,
-            "commit": commit,
+            "hardware": _listed(_machine(one) for one in made_by),
+            "commit": _listed(one.get("commit") or "not recorded" for one in made_by),
             "published": dict(found) if found else None,
             "status": said,
             "note": "; ".join(part for part in (note, arm.get("note", "")) if part),
         }
         rows.append(validate_row(row, f"arm {name!r}"))
     return rows
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(texts))
+
+
+def _machine(made_by: Mapping[str, Any]) -> str:
+    threads, device = made_by.get("threads"), made_by.get("device")
+    parts = [made_by.get("cpu") or "processor not recorded"]
+    parts += [f"{threads} thread{'s' if threads > 1 else ''} a run"] if isinstance(threads, int) else []
+    return ", ".join([*parts, *([str(device)] if device not in (None, "cpu") else [])])
 
 
 def latest(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -216,7 +231,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         "# Results",
         "",
         "Made from the ledger by `python -m perdure.evaluation.ledger docs/results.md results/ledger.jsonl`;",
-        "do not edit by hand. Figures are means over seeds ± half of the 95 % t-interval; one seed is an illustration.",
+        "do not edit by hand. Figures are means over seeds ± half of the 95 % t-interval; fewer than "
+        f"{CLAIM_SEEDS} seeds are an illustration.",
         "Accuracies, forgetting and learning accuracy in per cent; where perplexity was measured, in its own unit.",
         "",
     ]

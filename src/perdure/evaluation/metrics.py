@@ -306,10 +306,13 @@ def min_acc(probes: Probes, ends: Sequence[int], higher_is_better: bool = True) 
 
 
 def wc_acc(probes: Probes, ends: Sequence[int], higher_is_better: bool = True) -> float | None:
-    """WC-ACC_k = (1/k) a(k) + (1 - 1/k) min-ACC_k (De Lange et al. 2023); a(k): last probe of the newest."""
+    """WC-ACC_k = (1/k) a(k) + (1 - 1/k) min-ACC_k (De Lange et al. 2023); a(k): last probe of the newest.
+
+    With one experience, where no old one has a minimum, it is a(1).
+    """
     k = len(ends)
     newest = _samples(probes.get(k - 1, ()), f"probes of experience {k - 1}")
-    lowest = min_acc(probes, ends, higher_is_better)
+    lowest = min_acc(probes, ends, higher_is_better) if k > 1 else 0.0
     if not newest or lowest is None:
         return None
     return newest[-1][1] / k + (1 - 1 / k) * lowest

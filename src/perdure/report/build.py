@@ -140,15 +140,27 @@ def validate_report(report: Any, where: str = "report") -> dict[str, Any]:
             if key not in report[block]:
                 raise BadInput(f"{where}: {block}.{key}: is missing; write null where it was not measured")
     _check_numbers(report["metrics"], f"{where}: metrics")
-    for number, point in enumerate(report["curves"].get("loss", ())):
-        if not isinstance(point, Sequence) or len(point) != 3:
-            raise BadInput(f"{where}: curves.loss: point {number}: expected [step, experience, value], found {point!r}")
+    _check_loss(report["curves"].get("loss", []), f"{where}: curves.loss")
     for site, stats in report["router"].items():
         if not isinstance(stats, Mapping):
             raise BadInput(f"{where}: router.{site}: expected figures by name, found {stats!r}")
         _check_numbers(stats, f"{where}: router.{site}")
     _check_finite(report, where)
     return dict(report)
+
+
+def _check_loss(points: Any, where: str) -> None:
+    if not isinstance(points, (list, tuple)):
+        raise BadInput(f"{where}: expected a list of [step, experience, value], found {points!r:.80}")
+    for number, point in enumerate(points):
+        if not isinstance(point, (list, tuple)) or len(point) != 3 or not all(map(_is_number, point)):
+            raise BadInput(
+                f"{where}: point {number}: expected three numbers [step, experience, value], found {point!r:.80}"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 _ROW_FIELDS: dict[str, tuple[type, ...]] = {
@@ -226,7 +238,7 @@ def _check_fields(data: Any, fields: Mapping[str, tuple[type, ...]], where: str)
 
 def _check_numbers(block: Mapping[str, Any], where: str) -> None:
     for key, value in block.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        if value is not None and not _is_number(value):
             raise BadInput(f"{where}.{key}: expected a number or null, found {value!r}")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
+from ..evaluation.compare import CLAIM_SEEDS
 from . import plots, svg, words
 from .build import validate_comparison, validate_report, write_text
 
@@ -110,7 +111,8 @@ def _experiences(report: Report) -> list[dict[str, Any]]:
     room, rows = MOST_CLASSES, []
     for j, name in enumerate(stream.get("experiences") or []):
         mine = list(classes[j] or ()) if j < len(classes) else []
-        rows.append({"name": name, "classes": mine[: max(room, 0)], "more": max(len(mine) - max(room, 0), 0)})
+        shown = [svg.shorten(label, plots.MOST_CHARS) for label in mine[: max(room, 0)]]
+        rows.append({"name": svg.shorten(name, plots.MOST_CHARS), "classes": shown, "more": len(mine) - len(shown)})
         room -= len(mine)
     return rows
 
@@ -142,6 +144,9 @@ def render_comparison(comparison: Report, reports: Sequence[Report], path: str |
             svg.swatch(n, row["status"] in ("upper bound", "control")) for n, row in enumerate(comparison["rows"])
         ],
         seeds=sorted({seed for row in comparison["rows"] for seed in row["seeds"]}),
+        fewest=min(len(row["seeds"]) for row in comparison["rows"]),
+        few_seeds=words.few_seeds(comparison),
+        claim_seeds=CLAIM_SEEDS,
         models=sorted({row.get("model") or "" for row in comparison["rows"]} - {""}),
         said=_said(comparison),
         curves=plots.arm_curves(arms, metric),

@@ -13,6 +13,8 @@ from . import svg, words
 
 Report = Mapping[str, Any]
 MOST_CELLS = 50
+MOST_CHARS = 120
+"""Of a label or a name of an experience; the data at the end of the page holds it whole."""
 _SITE = re.compile(r"^(?:(?P<tower>[^.]+)\.)?(?P<layer>\d+)\.(?P<role>[A-Za-z_]+)$")
 _ROUTER = (
     ("new_share", "Share of selected slots won by new atoms", "share"),
@@ -25,7 +27,7 @@ def names_of(report: Report) -> list[str]:
     """Names of the experiences, `1`, `2` … where the report has none."""
     given = (report["details"].get("stream") or {}).get("experiences") or []
     wide = max([len(report["matrix"]), *(len(row) for row in report["matrix"])], default=0)
-    return [svg.clean(given[j]) if j < len(given) else f"{j + 1}" for j in range(wide)]
+    return [svg.shorten(given[j], MOST_CHARS) if j < len(given) else f"{j + 1}" for j in range(wide)]
 
 
 def score_axis(values: Sequence[float], metric: str, label: str) -> svg.Axis:

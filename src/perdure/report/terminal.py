@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..evaluation.compare import CLAIM_SEEDS
 from ..evaluation.metrics import check_matrix, row_averages
 from . import words
 from .plots import names_of
@@ -75,7 +76,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
     metric = comparison["metric"]
     best = words.best_cells(comparison)
     title = escape(comparison["recipe"]) + (
-        " [yellow]· illustration (one seed)[/]" if comparison["illustration"] else ""
+        f" [yellow]· illustration ({words.few_seeds(comparison)})[/]" if comparison["illustration"] else ""
     )
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("arm", overflow="fold", min_width=10)
@@ -97,7 +98,7 @@ def print_run(report: Mapping[str, Any], console: Console | None = None) -> None
     from rich.console import Console
     from rich.markup import escape
 
-    console = console or Console()
+    console = console or Console(emoji=False)  # names are names: `:bomb:` is no picture
     head = f" with head {report['head']}" if report["head"] else ""
     text = f"{report['method']}{head} on {report['model']}, stream {report['stream']}, seed {report['seed']}"
     console.print(f"[bold]{escape(report['name'])}[/]  {escape(text)}", highlight=False)
@@ -114,15 +115,17 @@ def print_comparison(comparison: Mapping[str, Any], console: Console | None = No
     from rich.console import Console
     from rich.markup import escape
 
-    console = console or Console()
+    console = console or Console(emoji=False)  # names are names: `:bomb:` is no picture
     console.print(comparison_table(comparison))
     legend = "average and learning accuracy, forgetting: per cent; " if comparison["metric"] == "accuracy" else ""
     legend += "bold: best of the column, upper bounds aside"
     if any(len(row["seeds"]) > 1 for row in comparison["rows"]):
         legend += "; ±: half of the 95 % interval over seeds"
     if comparison["illustration"]:
-        legend += "; one seed is an illustration, not evidence"
+        legend += f"; fewer than {CLAIM_SEEDS} seeds are an illustration, not evidence"
     console.print(legend, style="dim", highlight=False)
+    for line in comparison.get("warnings") or ():
+        console.print(escape(f"warning: {line}"), style="yellow", highlight=False)
     for row in comparison["rows"]:
         if row["note"]:
             console.print(escape(f"{row['arm']}: {row['note']}"), style="dim", highlight=False)

@@ -9,6 +9,7 @@ from ..evaluation.metrics import direction, is_cost
 
 DASH = "–"
 MOST_LISTED = 24
+MOST_CHARS = 400
 DIFFERENCES = frozenset(
     {"forgetting", "backward_transfer", "backward_transfer_clipped", "forward_transfer", "intransigence"}
 )
@@ -160,7 +161,8 @@ def text(value: Any) -> str:
         if len(value) > MOST_LISTED:
             return f"{', '.join(text(v) for v in value[:MOST_LISTED])} … ({len(value)} in all)"
         return ", ".join(text(v) for v in value) or DASH
-    return repr(value) if isinstance(value, float) else str(value)
+    shown = repr(value) if isinstance(value, float) else str(value)
+    return shown if len(shown) <= MOST_CHARS else shown[:MOST_CHARS] + "…"
 
 
 def interval(name: str, entry: Mapping[str, Any] | None, metric: str = "accuracy") -> str:
@@ -177,6 +179,12 @@ def interval(name: str, entry: Mapping[str, Any] | None, metric: str = "accuracy
 def signed(name: str, value: float | None, metric: str = "accuracy") -> str:
     shown = figure(name, value, metric)
     return f"+{shown}" if value is not None and value > 0 and shown.strip("0.") else shown
+
+
+def few_seeds(comparison: Mapping[str, Any]) -> str:
+    """How many seeds the arm with the fewest has."""
+    fewest = min(len(row["seeds"]) for row in comparison["rows"])
+    return "one seed" if fewest == 1 else f"{fewest} seeds"
 
 
 def best_cells(comparison: Mapping[str, Any]) -> set[tuple[int, str]]:
