@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
+
+_NUMBERS = {int: "int_type", float: "float_type", bool: "bool_type"}
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors; values never change after validation."""
+    """Unknown keys and wrong types are errors; values never change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_it_is(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic would read true as 1 and "3" as 3; an int where a float is due is fine."""
+        _refuse_coercion(value, cls.model_fields[str(info.field_name)].annotation)
+        return value
+
+
+def _refuse_coercion(value: Any, annotation: Any) -> None:
+    kinds = _alternatives(annotation)
+    if isinstance(value, (bool, str)):
+        numbers = [kind for kind in kinds if kind in _NUMBERS]
+        # What else may stand here, text or a literal, takes the value or says itself what is wrong.
+        only = all(kind in _NUMBERS or kind is type(None) for kind in kinds) or isinstance(value, bool)
+        if numbers and only and type(value) not in kinds:
+            raise PydanticKnownError(_NUMBERS[numbers[0]])
+    for kind in kinds:
+        inner = get_args(kind)
+        if get_origin(kind) is list and isinstance(value, (list, tuple)):
+            for item in value:
+                _refuse_coercion(item, inner[0])
+        elif get_origin(kind) is dict and isinstance(value, dict):
+            for item in value.values():
+                _refuse_coercion(item, inner[1])
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The types that an annotation allows, unions and constraints taken apart."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _alternatives(inner[0])
+    if origin in (Union, UnionType):
+        return [kind for each in inner for kind in _alternatives(each)]
+    return [annotation]
 
 
 class MethodConfig(Strict):

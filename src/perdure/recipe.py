@@ -20,13 +20,15 @@ from .config import ProtocolConfig, Strict, TrainingConfig
 from .errors import BadInput
 from .models import ModelSource
 from .protocol import check_granted, check_list
-from .recipe_layers import BLOCKS, DEFAULTS, apply_arm, mark, set_value, split_override
+from .recipe_layers import BLOCKS, DEFAULTS, apply_arm, head_name, holds, mark, set_value, split_override
 from .registry import METHODS, OBJECTIVES
 from .streams import StreamConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 LABELS = ("name", "description", "arm", "arms", "tuning", "output_dir")
 """Keys that do not change what a run computes."""
+MOST_BYTES = 200
+"""Of a folder's name; file systems take 255, and temporary names are longer."""
 
 
 class Arm(Strict):
@@ -75,12 +77,27 @@ class Recipe(Strict):
     """Label of the arm in tables."""
     arms: dict[str, Arm] = Field(default_factory=dict)
     tuning: dict[str, Any] = Field(default_factory=dict)
-    """How the arms' rates were found: grid, trials, and the data they were judged on."""
+    """How the arms' rates were found: grid, trials, the data they were judged on; `equal: true` declares that every
+    arm had the same grid and number of trials, which a comparison's page then says."""
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
     _base: dict[str, Any] = PrivateAttr(default_factory=dict)
     _origin: str = PrivateAttr(default="recipe")
     _overrides: tuple[str, ...] = PrivateAttr(default=())
+
+    @field_validator("tuning", mode="after")
+    @classmethod
+    def _plain_claim(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(value.get("equal", False), bool):
+            raise ValueError(
+                f"tuning.equal: found {value['equal']!r}; write true if all arms had the same trials, else false"
+            )
+        return value
+
+    @property
+    def typed(self) -> list[tuple[list[str], Any]]:
+        """What the user typed over the recipe: path of the setting and value."""
+        return [split_override(text) for text in self._overrides]
 
     @property
     def label(self) -> str:
@@ -95,6 +112,8 @@ class Recipe(Strict):
     def with_arm(self, arm: str | None, **changes: Any) -> Recipe:
         """The same recipe with another arm (what the user typed still wins) and other top-level values.
 
+        What was typed for a plug-in, such as `method.er.budget=5`, holds for the arms that contain it.
+
         Args:
             arm: an arm of the recipe, a method's name, or either with `+head`; None for none.
             changes: e.g. `seed=3`, `output_dir="runs/x"`.
@@ -102,7 +121,7 @@ class Recipe(Strict):
         if not self._base:
             base = self.model_dump(mode="json", exclude={"arm"}, exclude_unset=True)
             return _resolve(base, "recipe", [], arm, changes)
-        return _resolve(self._base, self._origin, self._overrides, arm, changes)
+        return _resolve(self._base, self._origin, self._overrides, arm, changes, several=arm is not None)
 
 
 # ---- finding and reading
@@ -152,7 +171,14 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def load_recipe(name: str | Path, overrides: Sequence[str] = (), *, arm: str | None = None, **changes: Any) -> Recipe:
+def load_recipe(
+    name: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    arm: str | None = None,
+    compared: bool = False,
+    **changes: Any,
+) -> Recipe:
     """Reads, completes and checks a recipe; loads no model and no data.
 
     Args:
@@ -160,6 +186,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = (), *, arm: str | N
         overrides: `a.b=c`, values typed as YAML. `method=NAME` takes the arm NAME with its tuned values where the
             recipe has it; other overrides win over it.
         arm: an arm or method to take instead of the recipe's own method.
+        compared: its arms will be compared, so `method.NAME.x=y` need not fit the recipe's own method.
         changes: top-level values that win over all, e.g. `seed=1`.
 
     Raises:
@@ -169,17 +196,26 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = (), *, arm: str | N
     path = find_recipe(name)
     base = _read(path)
     base.setdefault("name", path.stem)
-    return _resolve(base, f"recipe {base['name']}", overrides, arm, changes)
+    recipe = _resolve(base, f"recipe {base['name']}", overrides, arm, changes, several=compared)
+    _check_arms(recipe)
+    return recipe
 
 
 def make_recipe(settings: dict[str, Any], overrides: Sequence[str] = (), **changes: Any) -> Recipe:
     """The same from a dict of settings."""
-    return _resolve(settings, "recipe", overrides, None, changes)
+    recipe = _resolve(settings, "recipe", overrides, None, changes)
+    _check_arms(recipe)
+    return recipe
 
 
 # ---- layers
 def _resolve(
-    base: dict[str, Any], origin: str, overrides: Sequence[str], arm: str | None, changes: dict[str, Any]
+    base: dict[str, Any],
+    origin: str,
+    overrides: Sequence[str],
+    arm: str | None,
+    changes: dict[str, Any],
+    several: bool = False,
 ) -> Recipe:
     typed = [split_override(text) for text in overrides]
     data: dict[str, Any] = copy.deepcopy(base)
@@ -196,11 +232,12 @@ def _resolve(
         typed = [(path, value) for path, value in typed if not (path == ["method"] and isinstance(value, str))]
         data["arm"] = apply_arm(data, sources, arms, arm)
         sources["arm"] = "command line"
-        heads = [value for path, value in typed if path == ["head"] and isinstance(value, str)]
+        heads = [name for path, value in typed if path == ["head"] and (name := head_name(value))]
         if heads and not data["arm"].endswith(f"+{heads[-1]}"):
             data["arm"] += f"+{heads[-1]}"
     for path, value in sorted(typed, key=lambda item: len(item[0]) > 1):  # whole blocks before what lies in them
-        set_value(data, sources, path, value)
+        if not several or holds(data, path):  # among several arms it is for those that have the plug-in
+            set_value(data, sources, path, value)
     for key, value in changes.items():
         set_value(data, sources, [key], value)
     recipe = _validate(data)
@@ -239,6 +276,19 @@ def _validate(data: dict[str, Any]) -> Recipe:
         raise BadInput(f"recipe: {error}") from None
 
 
+def _check_arms(recipe: Recipe) -> None:
+    """Names and settings of every arm's plug-ins, whether or not the arm is going to run."""
+    for name, arm in recipe.arms.items():
+        for field, registry in BLOCKS.items():
+            spec = getattr(arm, field)
+            if spec in (None, "none"):
+                continue
+            try:
+                registry.parse(spec, field)
+            except BadInput as error:
+                raise BadInput(f"arms.{name}.{error}") from None
+
+
 def explain_nested(error: ValidationError, model: type[BaseModel]) -> str:
     """As `registry.explain`, with near names taken from the model that the wrong key stands in."""
     lines = []
@@ -256,11 +306,21 @@ def explain_nested(error: ValidationError, model: type[BaseModel]) -> str:
         elif item["type"] == "missing":
             lines.append(f"{where}: is missing; set it")
         elif item["type"] == "value_error":
-            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
+            lines.append(_join(where, item["msg"].removeprefix("Value error, "), owner))
         else:
             message = item["msg"][:1].lower() + item["msg"][1:]
             lines.append(f"{where}: {message}, found {item.get('input')!r}")
     return "\n".join(dict.fromkeys(lines))
+
+
+def _join(where: str, message: str, owner: Any) -> str:
+    """A check of a whole block names its field itself: `stream` and `experiences: needs ...` make one dotted name."""
+    own = _field_type(owner, where.rpartition(".")[2])
+    name = message.partition(":")[0].split(", ")[0].split(".")[0]
+    last = where.rpartition(".")[2]
+    if message.startswith((f"{last}:", f"{last}.")):
+        return f"{where.removesuffix(last)}{message}"
+    return f"{where}.{message}" if name in getattr(own, "model_fields", {}) else f"{where}: {message}"
 
 
 def _field_type(owner: Any, part: Any) -> Any:
@@ -308,8 +368,16 @@ def _complete(recipe: Recipe, sources: dict[str, str]) -> Recipe:
     }
     recipe = recipe.model_copy(update=updates)
     _check_stream(recipe)
+    _check_names(recipe)
     folder = recipe.folder.expanduser()
     return recipe.model_copy(update={"output_dir": folder.as_posix()})
+
+
+def _check_names(recipe: Recipe) -> None:
+    for field, value in (("name", recipe.name), ("arm", recipe.label)):
+        size = len(safe(value).encode())
+        if size > MOST_BYTES:
+            raise BadInput(f"{field}: a folder would have {size} bytes of name, {MOST_BYTES} are allowed; shorten it")
 
 
 def _check_stream(recipe: Recipe) -> None:
@@ -387,4 +455,5 @@ def run_folder(root: Path, recipe: Recipe) -> Path:
 
 
 def safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_.+" else "-" for c in name) or "run"
+    """A name as one visible folder: no separator, and no leading dot, so that `..` leads nowhere."""
+    return "".join(c if c.isalnum() or c in "-_.+" else "-" for c in name).lstrip(".") or "run"

@@ -97,6 +97,26 @@ def set_value(data: dict[str, Any], sources: dict[str, str], path: list[str], va
     sources[dotted] = "command line"
 
 
+def holds(data: dict[str, Any], path: list[str]) -> bool:
+    """Whether `method.er.budget` finds the method er in `data`; True for what reaches into no plug-in."""
+    if len(path) < 2 or path[0] not in BLOCKS:
+        return True
+    aliases, block = BLOCKS[path[0]].aliases, data.get(path[0])
+    block = DEFAULTS.get(path[0]) if block is None else block
+    names = [name for item in (block if isinstance(block, list) else [block]) for name in _names(item)]
+    return aliases.get(path[1], path[1]) in [aliases.get(name, name) for name in names]
+
+
+def _names(item: Any) -> list[str]:
+    return [str(name) for name in item] if isinstance(item, dict) else [] if item is None else [str(item)]
+
+
+def head_name(value: Any) -> str | None:
+    """The head that a typed `head=...` names, whether or not with settings."""
+    names = _names(value)
+    return names[0] if len(names) == 1 else None
+
+
 def _nest(dotted: str, value: Any) -> dict[str, Any]:
     for part in reversed(dotted.split(".")):
         value = {part: value}

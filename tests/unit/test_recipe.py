@@ -16,6 +16,7 @@ from perdure.errors import BadInput, ProtocolRefused
 from perdure.methods import Method, register
 from perdure.recipe import annotated_yaml, load_recipe, make_recipe, recipe_hash, resolved_yaml, source_of
 from perdure.registry import METHODS
+from perdure.streams import build_stream
 
 BASE = """
 model: {scratch: {family: bert, layers: 1, width: 16, heads: 2}}
@@ -183,6 +184,18 @@ def test_resolving_changes_nothing_that_was_given(path):
     assert base == before
 
 
+def test_whole_numbers_stand_for_floats_and_words_for_what_takes_words(path):
+    typed = ["training.weight_decay=1", "stream.class_order=seed", "stream.experiences=B0-Inc2", "training.bf16=true"]
+    recipe = load_recipe(path, typed)
+    assert recipe.training.weight_decay == 1.0 and recipe.training.bf16 is True
+    assert recipe.stream.class_order == "seed" and recipe.stream.experiences == "B0-Inc2"
+
+
+def test_a_name_is_one_folder_below_the_runs(path):
+    for name, folder in (("..", "run"), ("../../up", "-..-up"), (".hidden", "hidden"), ("a/b", "a-b")):
+        assert load_recipe(path, [f"name={name}"]).output_dir == f"runs/{folder}/lora/seed-0"
+
+
 def test_a_classifier_without_a_head_gets_the_cosine_head(path):
     recipe = load_recipe(path, ["head=null"])
     assert list(recipe.head) == ["cosine"] and source_of(recipe, "head.cosine") == "default"
@@ -223,6 +236,25 @@ def test_a_classifier_without_a_head_gets_the_cosine_head(path):
         (["seed={a"], ["seed"]),
         (["arms.er.training={learning_rat: 1}"], ["arms.er.training", "'learning_rat'", "'learning_rate'"]),
         (["arms.er.protocol={passes: 9}"], ["arms.er.protocol", "unknown key"]),
+        (["arms.er.method=morram"], ["arms.er.method", "'morram'", "moram"]),
+        (["arms.wide.method={lora: {rnk: 2}}"], ["arms.wide.method.lora.rnk", "unknown key", "'rank'"]),
+        (["arms.wide.head=rigde"], ["arms.wide.head", "'rigde'", "ridge"]),
+        (["tuning.equal=yes"], ["tuning.equal", "'yes'", "true"]),
+        (["stream.experiences=null"], ["stream.experiences: needs a number"]),
+        (["stream.source={path: x, tset: y}"], ["stream.source.tset: unknown key"]),
+        (["stream.block_chars=3"], ["stream.text_unit, block_chars, max_chars: need plain text"]),
+        (["training.learning_rate=true"], ["training.learning_rate", "number", "True"]),
+        (["training.epochs='3'"], ["training.epochs", "integer", "'3'"]),
+        (["training.learning_rate='1e-3'"], ["training.learning_rate", "number", "'1e-3'"]),
+        (["training.bf16='true'"], ["training.bf16", "boolean", "'true'"]),
+        (["seed=true"], ["seed", "integer", "True"]),
+        (["seed='1'"], ["seed", "integer", "'1'"]),
+        (["method.lora.rank=true"], ["method.lora.rank", "integer", "True"]),
+        (["method.lora.protect={inputs: true}"], ["method.lora.protect.inputs", "number", "True"]),
+        (["method=moram", "method.moram.layers=[0, true]"], ["method.moram.layers", "integer", "True"]),
+        (["stream.rows_per_class='5'"], ["stream.rows_per_class", "integer", "'5'"]),
+        (["stream.max_chars={train: '5'}"], ["stream.max_chars", "integer", "'5'"]),
+        (["model.scratch.layers=true"], ["model.scratch.layers", "integer", "True"]),
         (
             ["stream.scenario=boundary_free", "stream.experience_rows=5"],
             ["protocol.boundaries", "train", "boundary_free", "none"],
@@ -306,6 +338,11 @@ def test_files_that_are_no_recipe(tmp_path):
 def test_names_are_found_with_and_without_their_area():
     assert load_recipe("clinc150") == load_recipe("text/clinc150")
     assert "did you mean clinc150" in refused(Path("clinc15"))
+
+
+def test_a_near_source_is_suggested_once():
+    with pytest.raises(BadInput, match=r"did you mean clinc150\?"):
+        build_stream({"source": "clinc15", "experiences": 2})
 
 
 @pytest.mark.parametrize("name", recipes.recipe_names())

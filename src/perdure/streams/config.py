@@ -308,7 +308,7 @@ def _check_source(source: str | Source) -> None:
     elif isinstance(source, NamedSource) or (name is not None and name != "stdlib" and not Path(name).exists()):
         import difflib
 
-        known = [*NAMED, *(n.rsplit("/", 1)[-1] for n in NAMED), *GROUPS, "stdlib"]
+        known = list(dict.fromkeys([*NAMED, *(n.rsplit("/", 1)[-1] for n in NAMED), *GROUPS, "stdlib"]))
         near = difflib.get_close_matches(str(name), known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: stdlib, {', '.join(NAMED)}"
         raise BadInput(f"source: {name!r} is neither a named source nor an existing file or folder; {hint}")
