@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import inspect
 import sys
@@ -22,6 +23,8 @@ SETTINGS: dict[str, Any] = {
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 app = typer.Typer(**SETTINGS)
+REFUSED_BY_THE_SYSTEM = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT}
+"""Errors of files that are no defect of ours, whoever ran into them."""
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe's name (see `perdure recipes`) or a YAML file.")
@@ -39,7 +42,7 @@ Quiet = Annotated[bool, typer.Option("--no-progress", help="No progress bars.")]
 def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, soft_wrap=True, highlight=False)
+    return Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False)  # `:bomb:` in a name is no picture
 
 
 def _import(files: list[str] | None) -> None:
@@ -72,7 +75,12 @@ def run(
 
     report = run_recipe(loaded, progress=not no_progress)
     print_run(report, _console())
-    typer.echo(loaded.folder / "report.html")
+    page = loaded.folder / "report.html"
+    if not page.is_file():  # of a finished run, taken away since
+        from .report.html import render_run
+
+        render_run(report, page)
+    typer.echo(page)
 
 
 @app.command()
@@ -100,9 +108,19 @@ def compare(
     from .recipe import load_recipe
 
     _import(imports)
-    loaded = load_recipe(recipe, overrides or ())
-    names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
-    _compare(loaded, names, _seeds(seeds, loaded.seed), reference, output_dir, not no_progress)
+    loaded = load_recipe(recipe, overrides or (), compared=True)
+    _compare(loaded, _names(methods), _seeds(seeds, loaded.seed), reference, output_dir, not no_progress)
+
+
+def _names(text: str | None) -> list[str] | None:
+    from .errors import BadInput
+
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise BadInput(f"--methods: found {text!r}; name arms or methods, such as lora,moram, or leave it out for all")
+    return names
 
 
 def _seeds(text: str, first: int) -> list[int]:
@@ -124,8 +142,10 @@ def _seeds(text: str, first: int) -> list[int]:
 
 def _compare(
     recipe: Any, arms: list[str] | None, seeds: list[int], reference: str | None, output_dir: str | None, progress: bool
-) -> Any:
+) -> None:
     from .comparison import compare as run_comparison
+    from .comparison import forgot_too_much
+    from .errors import ForgotTooMuch
     from .report.terminal import print_comparison
 
     console = _console()
@@ -142,7 +162,9 @@ def _compare(
     for line in _verdicts(comparison):
         console.print(line, markup=False)
     typer.echo(page)
-    return comparison
+    beyond = forgot_too_much(comparison)
+    if beyond:
+        raise ForgotTooMuch(beyond)
 
 
 def _verdicts(comparison: dict[str, Any]) -> list[str]:
@@ -175,7 +197,7 @@ def demo(
     """
     from .recipe import load_recipe
 
-    loaded = load_recipe("demo/stdlib", overrides or ())
+    loaded = load_recipe("demo/stdlib", overrides or (), compared=True)
     _compare(loaded, None, [seed], None, output_dir, not no_progress)
 
 
@@ -225,13 +247,19 @@ def methods(
     imports: Imports = None,
 ) -> None:
     """Lists methods and heads, or explains one."""
-    from .registry import HEADS, METHODS
-
     _import(imports)
     if name is not None:
+        from .registry import HEADS, METHODS
+
         known = HEADS if name in HEADS.names() and name not in METHODS.names() else METHODS
         _explain(known.get(name))
         return
+    _list_methods()
+
+
+def _list_methods() -> None:
+    from .registry import HEADS, METHODS
+
     aliases = {value: key for key, value in METHODS.aliases.items()}
     rows = []
     for each in METHODS.listing():
@@ -357,17 +385,25 @@ def _needed(arguments: list[str]) -> typer.Typer:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: ends the process with the exit code of `perdure.errors`; unknown errors keep their traceback."""
-    from .errors import BAD_INPUT, INTERRUPTED, PerdureError
+    from .errors import BAD_INPUT, CANNOT_WRITE, INTERRUPTED, PerdureError
 
     given = sys.argv[1:] if arguments is None else arguments
     light = given[:1] in ([], ["methods"], ["recipes"]) or not {"-h", "--help"}.isdisjoint(given)
     if light:
         gc.disable()  # they import much and leave no garbage; collecting takes a tenth of their time
     try:
-        _needed(given)(arguments)
+        if given == ["methods"]:  # typer would load all of pydantic to read no argument
+            _list_methods()
+        else:
+            _needed(given)(arguments)
     except PerdureError as error:
         _fail(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in REFUSED_BY_THE_SYSTEM:
+            raise
+        _fail(f"{error.filename or 'a file'}: {error.strerror}; check the name, its permissions and the disk")
+        sys.exit(CANNOT_WRITE)
     except KeyboardInterrupt:
         _fail("interrupted")
         sys.exit(INTERRUPTED)

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import BadInput, ForgotTooMuch
-from .recipe import Recipe, run_folder, safe
+from .config import ProtocolConfig, TrainingConfig
+from .errors import BadInput, ForgotTooMuch, PerdureError
+from .recipe import BLOCKS, Recipe, holds, run_folder, safe, source_of
 
-COMPARISON_FILE, PAGE_FILE, REPORT_FILE = "comparison.json", "report.html", "report.json"
+COMPARISON_FILE, PAGE_FILE, REPORT_FILE, RECIPE_FILE = "comparison.json", "report.html", "report.json", "recipe.yaml"
 
 
 def plan(
@@ -30,7 +31,9 @@ def plan(
         arm -> its runs' recipes, in the order of the seeds.
 
     Raises:
-        BadInput: no arm, no seed, one of them twice, or a setting that does not fit; names the arm.
+        BadInput: no arm, no seed, one of them twice, or a setting that does not fit; names the arm. What was typed
+            in vain is one too: a whole `method`, an `output_dir`, a setting of a method that no arm has.
+        ProtocolRefused: an arm needs what the protocol does not grant; names the arm.
     """
     names = list(recipe.arms) if arms is None else list(arms)
     if not names:
@@ -39,25 +42,60 @@ def plan(
         raise BadInput("seeds: is empty; give at least one")
     if len(set(seeds)) < len(seeds):
         raise BadInput(f"seeds: {', '.join(map(str, seeds))} holds one twice; each seed counts once")
+    _refuse_what_arms_replace(recipe)
     root = comparison_folder(recipe, output_dir)
     runs: dict[str, list[Recipe]] = {}
     for name in names:
         try:
             first = recipe.with_arm(name, seed=seeds[0])
-        except BadInput as error:
-            raise BadInput(f"arm {name}: {error}") from None
+        except PerdureError as error:
+            raise type(error)(f"arm {name}: {error}") from None
         if first.label in runs:
             raise BadInput(f"methods: {name} and another name the same arm {first.label}; keep one")
         runs[first.label] = []
         for seed in seeds:
             run = recipe.with_arm(name, seed=seed)
             runs[first.label].append(run.model_copy(update={"output_dir": run_folder(root, run).as_posix()}))
+    _refuse_settings_of_no_arm(recipe, {label: members[0] for label, members in runs.items()})
     return runs
 
 
+def _refuse_what_arms_replace(recipe: Recipe) -> None:
+    for path, value in recipe.typed:
+        if path == ["method"]:
+            raise BadInput(
+                f"method: {value!r} was typed, but every arm of a comparison brings its own; choose arms with "
+                "--methods, or type a setting inside one, such as method.moram.rank=4"
+            )
+        if path == ["output_dir"]:
+            raise BadInput(f"output_dir: is the folder of one run; a comparison of many takes --output-dir {value}")
+
+
+def _refuse_settings_of_no_arm(recipe: Recipe, arms: Mapping[str, Recipe]) -> None:
+    for path, _ in recipe.typed:
+        if len(path) > 1 and path[0] in BLOCKS:
+            BLOCKS[path[0]].get(path[1])
+            if not any(holds({path[0]: getattr(arm, path[0])}, path) for arm in arms.values()):
+                raise BadInput(
+                    f"{'.'.join(path)}: no arm has the {path[0]} {path[1]}; arms: {', '.join(arms)}; add one with "
+                    "--methods"
+                )
+
+
 def comparison_folder(recipe: Recipe, output_dir: str | Path | None = None) -> Path:
-    """Where a comparison lies: `output_dir`, or the folder above the runs that `perdure run` makes."""
-    return Path(output_dir).expanduser() if output_dir is not None else Path("runs") / safe(recipe.name)
+    """Where a comparison lies: `output_dir`, or the folder above the runs that `perdure run` makes.
+
+    Raises:
+        BadInput: the recipe names the folder of one run, and `output_dir` is None.
+    """
+    if output_dir is not None:
+        return Path(output_dir).expanduser()
+    if source_of(recipe, "output_dir") != "default":
+        raise BadInput(
+            f"output_dir: the recipe sets {recipe.output_dir}, the folder of one run; give the comparison its own "
+            "with --output-dir, or take the line out of the recipe"
+        )
+    return Path("runs") / safe(recipe.name)
 
 
 def compare(
@@ -72,7 +110,8 @@ def compare(
 ) -> tuple[dict[str, Any], Path]:
     """Runs what is not finished yet, then writes `comparison.json` and `report.html`.
 
-    Finished runs are reused and unfinished ones go on where they stopped; a folder of another recipe is refused.
+    Finished runs are reused and unfinished ones go on where they stopped; a folder of another recipe is refused. A run
+    that forgot more than the recipe allows is compared like any other; `forgot_too_much` tells of it.
 
     Args:
         recipe, arms, seeds, output_dir: as in `plan`.
@@ -84,7 +123,7 @@ def compare(
         The comparison and the path of its page.
 
     Raises:
-        BadInput: as `plan`, or an unknown reference.
+        BadInput: as `plan`, an unknown reference, or a folder that holds a page of something else.
         CannotWrite: a folder is locked by another run, full or not writable.
     """
     runs = plan(recipe, arms, seeds, output_dir)
@@ -92,16 +131,36 @@ def compare(
     reference = known[0] if reference is None else reference
     if reference not in runs:
         raise BadInput(f"reference: {reference!r} is not compared; arms: {', '.join(known)}")
+    root = comparison_folder(recipe, output_dir)
+    _refuse_other_pages(root)
     reports: dict[str, list[dict[str, Any]]] = {name: [] for name in known}
     total, number = len(known) * len(seeds), 0
     for position in range(len(seeds)):  # seed by seed, so that an early end still leaves whole pairs
         for name in known:
             number += 1
             reports[name].append(_run(runs[name][position], f"{number}/{total}", progress, say))
-    root = comparison_folder(recipe, output_dir)
     paths = {name: [str(run.folder.relative_to(root)) for run in members] for name, members in runs.items()}
     notes = {name: note for name in known if (note := _note(recipe, name))}
     return write_comparison(root, reports, recipe.name, reference, paths, recipe.tuning or None, notes)
+
+
+def _refuse_other_pages(root: Path) -> None:
+    """A comparison's page replaces no other page than its own older one."""
+    for name in (REPORT_FILE, RECIPE_FILE):
+        if _is_file(root / name):
+            raise BadInput(f"output_dir: {root} is the folder of a run (it holds {name}); give another --output-dir")
+    if _is_file(root / PAGE_FILE) and not _is_file(root / COMPARISON_FILE):
+        raise BadInput(
+            f"output_dir: {root} holds a {PAGE_FILE} that is no comparison's, and it would be written over; "
+            "give another --output-dir"
+        )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}; check the name and its permissions") from None
 
 
 def _run(recipe: Recipe, place: str, progress: bool, say: Callable[[str], None] | None) -> dict[str, Any]:
@@ -142,11 +201,19 @@ def write_comparison(
     tuning: Mapping[str, Any] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], Path]:
-    """Builds the comparison of finished runs and writes its JSON and its page into `root`."""
+    """Builds the comparison of finished runs and writes its JSON and its page into `root`.
+
+    Settings of the protocol that are younger than a run count with their defaults, as they did when it ran.
+    """
     from .evaluation.compare import build_comparison
     from .report import build
     from .report.html import render_comparison
 
+    defaults = ProtocolConfig.model_validate({}).model_dump(mode="json")
+    reports = {
+        arm: [{**report, "protocol": {**defaults, **report["protocol"]}} for report in members]
+        for arm, members in reports.items()
+    }
     comparison = build_comparison(reports, recipe=name, reference=reference, paths=paths, tuning=tuning, notes=notes)
     build.write_json(root / COMPARISON_FILE, comparison)
     page = root / PAGE_FILE
@@ -160,39 +227,72 @@ def rebuild(folders: Sequence[str | Path], output_dir: str | Path | None = None)
 
     Args:
         folders: run folders, or folders of a comparison.
-        output_dir: where the page of several runs goes; the folder above all of them when None.
+        output_dir: where the page of several runs goes; the folder above all of them when None. Where that holds a
+            comparison of these very runs, it is rebuilt with its arms, notes and reference.
 
     Returns:
         The pages, the last being the one that covers the most.
 
     Raises:
-        BadInput: a folder holds no report, or the runs do not belong into one comparison.
+        BadInput: a folder holds no report, the runs do not belong into one comparison, or its page would replace that
+            of other runs.
     """
     if not folders:
         raise BadInput("report: name at least one run folder")
-    pages: list[Path] = []
-    runs: list[tuple[Path, dict[str, Any]]] = []
-    for each in folders:
-        folder = Path(each)
-        if (folder / COMPARISON_FILE).is_file():
-            pages.append(_rebuild_comparison(folder, pages))
-        else:
-            runs.append((folder, _rebuild_run(folder, pages)))
+    comparisons = [Path(each) for each in folders if _is_file(Path(each) / COMPARISON_FILE)]
+    runs = [(Path(each), _read_run(Path(each))) for each in folders if Path(each) not in comparisons]
+    root = None
     if len(runs) > 1:
-        pages.append(_compare_runs(runs, output_dir))
+        root = _root_of([folder for folder, _ in runs], output_dir)
+        if output_dir is None and _is_file(root / COMPARISON_FILE):
+            comparisons, runs, root = [*comparisons, root], [], None
+    pages: list[Path] = []
+    for folder in comparisons:
+        pages.append(_rebuild_comparison(folder, pages))
+    for folder, report in runs:
+        pages.append(_write_run(folder, report))
+    if root is not None:
+        pages.append(_compare_runs(runs, root))
     return pages
 
 
-def _rebuild_run(folder: Path, pages: list[Path]) -> dict[str, Any]:
+def _read_run(folder: Path) -> dict[str, Any]:
     from .report import build
+
+    if not _is_file(folder / REPORT_FILE):
+        raise BadInput(f"report: {folder} holds no {REPORT_FILE}; name the folder of a run")
+    return build.read_report(folder / REPORT_FILE)
+
+
+def _write_run(folder: Path, report: Mapping[str, Any]) -> Path:
     from .report.html import render_run
 
-    if not (folder / REPORT_FILE).is_file():
-        raise BadInput(f"report: {folder} holds no {REPORT_FILE}; name the folder of a run")
-    report = build.read_report(folder / REPORT_FILE)
-    build.write_text(folder / PAGE_FILE, render_run(report))
-    pages.append(folder / PAGE_FILE)
-    return report
+    render_run(report, folder / PAGE_FILE)
+    return folder / PAGE_FILE
+
+
+def _root_of(folders: Sequence[Path], output_dir: str | Path | None) -> Path:
+    """Where the page that compares runs goes; refused where it would replace another page."""
+    above = Path(os.path.commonpath([folder.resolve() for folder in folders]))
+    root = Path(output_dir) if output_dir is not None else above
+    if _is_file(root / REPORT_FILE):
+        raise BadInput(f"report: {root} is itself a run, its page would be written over; give --output-dir")
+    taken = any(_is_file(root / name) for name in (COMPARISON_FILE, PAGE_FILE))
+    if output_dir is None and taken and _runs_of(root) != {folder.resolve() for folder in folders}:
+        raise BadInput(
+            f"report: {root} holds a page of something other than these {len(folders)} runs, and it would be written "
+            "over; give --output-dir"
+        )
+    return root
+
+
+def _runs_of(root: Path) -> set[Path]:
+    """The folders that the comparison in `root` is about; none where there is no comparison."""
+    from .report import build
+
+    if not _is_file(root / COMPARISON_FILE):
+        return set()
+    return {(root / run).resolve() for run in build.read_comparison(root / COMPARISON_FILE)["runs"]}
 
 
 def _rebuild_comparison(folder: Path, pages: list[Path]) -> Path:
@@ -203,36 +303,52 @@ def _rebuild_comparison(folder: Path, pages: list[Path]) -> Path:
     paths: dict[str, list[str]] = {}
     for row in old["rows"]:
         paths[row["arm"]] = [old["runs"][number] for number in row["runs"]]
-        reports[row["arm"]] = [_rebuild_run(folder / path, pages) for path in paths[row["arm"]]]
+        reports[row["arm"]] = [_read_run(folder / path) for path in paths[row["arm"]]]
+        pages += [_write_run(folder / path, r) for path, r in zip(paths[row["arm"]], reports[row["arm"]], strict=True)]
     notes = {row["arm"]: row["note"] for row in old["rows"] if row["note"]}
     return write_comparison(folder, reports, old["recipe"], old["reference"], paths, old.get("tuning"), notes)[1]
 
 
-def _compare_runs(runs: Sequence[tuple[Path, dict[str, Any]]], output_dir: str | Path | None) -> Path:
-    above = Path(os.path.commonpath([folder.resolve() for folder, _ in runs]))
-    root = Path(output_dir) if output_dir is not None else above
-    if (root / REPORT_FILE).is_file():
-        raise BadInput(f"report: {root} is itself a run, its page would be written over; give --output-dir")
+def _compare_runs(runs: Sequence[tuple[Path, dict[str, Any]]], root: Path) -> Path:
     reports: dict[str, list[dict[str, Any]]] = {}
     paths: dict[str, list[str]] = {}
     arms: dict[str, Any] = {}
     for folder, report in runs:
-        # Two arms may share a short name, but not all settings of method and head.
-        settings = (report["details"].get("method"), report["head"], report["training"])
-        label, number = report["method"], 2
+        # Two arms may share a name, but not all that was set.
+        settings, name = _settings(report), report["details"].get("arm") or report["method"]
+        label, number = name, 2
         while arms.setdefault(label, settings) != settings:
-            label, number = f"{report['method']} ({number})", number + 1
+            label, number = f"{name} ({number})", number + 1
         reports.setdefault(label, []).append(report)
         paths.setdefault(label, []).append(os.path.relpath(folder.resolve(), root.resolve()))
     names = dict.fromkeys(report["name"] for _, report in runs)
     return write_comparison(root, reports, ", ".join(names), None, paths)[1]
 
 
+def _settings(report: Mapping[str, Any]) -> list[Any]:
+    """All that must be equal in the runs of one arm. Settings younger than a run count with their defaults."""
+    details = report["details"]
+    methods = [{one["name"]: one.get("config")} for one in details.get("method") or []]
+    plugins = [("method", methods), ("head", details.get("head")), ("objective", details.get("objective"))]
+    training = {**TrainingConfig.model_validate({}).model_dump(mode="json"), **report["training"]}
+    labels = [report[key] for key in ("method", "head", "model", "objective")]
+    return [*labels, training, *(_completed(field, spec) for field, spec in plugins)]
+
+
+def _completed(field: str, spec: Any) -> Any:
+    try:
+        pairs = BLOCKS[field].parse(spec, field)
+    except (BadInput, KeyError, TypeError):  # empty, or a plug-in that is not here: as it was written down
+        return spec
+    return [{name: config.model_dump(mode="json")} for name, config in pairs]
+
+
 # ---- in words
 def verdict(comparison: Mapping[str, Any], arm: str, against: str) -> str | None:
     """One plain sentence on where an arm stands against another; None where either was not compared.
 
-    Points are hundredths of accuracy; of perplexity its own unit. A single seed is said to be an illustration.
+    Points are hundredths of accuracy; of perplexity its own unit. Judged by the differences within each seed: an
+    interval that contains 0 settles nothing, fewer than 3 seeds are an illustration.
     """
     rows = {row["arm"]: row for row in comparison["rows"]}
     if arm not in rows or against not in rows:
@@ -256,15 +372,45 @@ def verdict(comparison: Mapping[str, Any], arm: str, against: str) -> str | None
         told = f"{mine:.2f} against {theirs:.2f}, forgetting {lost:.2f} against {lost_there:.2f}"
     judged = "" if mine == theirs else f" ({'better' if better else 'worse'})"
     where = f"{word} {against}" if mine == theirs else f"{gap} {word} {against}"
-    seeds = min(len(rows[each]["seeds"]) for each in (arm, against))
-    proof = "; one seed, an illustration" if seeds == 1 else f"; {seeds} seeds"
-    if seeds > 1 and _overlap(*(rows[each]["metrics"]["average_accuracy"] for each in (arm, against))):
-        proof += ", whose intervals overlap: not settled"
+    proof = _proof(rows[arm], rows[against], comparison)
     return f"{arm} is {where} in {unit}{judged}: {told}{proof}."
 
 
-def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    bounds = [one.get("low"), one.get("high"), other.get("low"), other.get("high")]
-    if any(bound is None for bound in bounds):
-        return True
-    return one["low"] <= other["high"] and other["low"] <= one["high"]
+def _proof(mine: Mapping[str, Any], theirs: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
+    """What the seeds prove, by the differences within each seed: arms share rows and order there, not across seeds."""
+    from .evaluation.compare import CLAIM_SEEDS, paired_difference
+    from .report import words
+
+    scores = [_by_seed(row, "average_accuracy") for row in (mine, theirs)]
+    pair = paired_difference(*scores, comparison["higher_is_better"])
+    seeds = pair["pairs"] if pair else min(len(mine["seeds"]), len(theirs["seeds"]))
+    if pair is None or seeds < CLAIM_SEEDS:
+        return f"; {'one seed' if seeds == 1 else f'{seeds} seeds'}, an illustration"
+    metric = comparison["metric"]
+    low, high = (words.signed("average_accuracy", pair[end], metric) for end in ("low", "high"))
+    found = f"; {seeds} seeds, 95 % interval of the paired difference {low} to {high}"
+    return f"{found}, which contains 0: not settled" if pair["low"] <= 0 <= pair["high"] else found
+
+
+def _by_seed(row: Mapping[str, Any], figure: str) -> dict[int, float | None]:
+    """Empty where the comparison comes from a version that did not write them down."""
+    return dict(zip(row["seeds"], row.get("values", {}).get(figure, ()), strict=False))
+
+
+def forgot_too_much(comparison: Mapping[str, Any]) -> str | None:
+    """Which runs forgot more than `protocol.max_forgetting` allows; None where there is no such run or limit."""
+    limit = comparison["protocol"].get("max_forgetting")
+    if limit is None:
+        return None
+    found = [
+        f"{row['arm']}, seed {seed}: {lost:.4f}"
+        for row in comparison["rows"]
+        for seed, lost in _by_seed(row, "forgetting").items()
+        if lost is not None and lost > limit
+    ]
+    told = "; ".join(found)
+    return (
+        f"protocol.max_forgetting allows {limit}, forgetting is beyond it in {told}; all runs are kept"
+        if found
+        else None
+    )

@@ -90,7 +90,12 @@ def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     text = f"{free / 1e9:.1f} GB free in {folder.resolve()}"
     if not os.access(folder, os.W_OK):
-        return Finding("disk", f"{folder.resolve()} is not writable", "wrong", "give --output-dir a folder of your own")
+        return Finding(
+            "disk",
+            f"{folder.resolve()} is not writable",
+            "wrong",
+            "work in a folder of your own, or name one: output_dir=FOLDER for run, --output-dir for compare",
+        )
     if free < LOW_DISK:
         return Finding(
             "disk", text, "wrong", "a run with MiniLM and full fine-tuning keeps about 1 GB; free some space"

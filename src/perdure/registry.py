@@ -13,6 +13,7 @@ import importlib.util
 import json
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
@@ -155,7 +156,8 @@ def import_file(path: str | Path) -> None:
     """Runs a user's Python file so that the plug-ins in it register.
 
     Raises:
-        BadInput: the file does not exist or is not Python.
+        BadInput: the file does not exist, is not Python, or imports what is not there; other errors keep their
+            traceback.
     """
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
@@ -165,7 +167,19 @@ def import_file(path: str | Path) -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        del sys.modules[name]
+        raise BadInput(f"--import: {_line_of(error, path)}; correct it and try again") from error
+
+
+def _line_of(error: SyntaxError | ImportError, path: Path) -> str:
+    """File, line and text of what went wrong, as the traceback would show them."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename or path}, line {error.lineno}: {error.msg}: {(error.text or '').strip()!r}"
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    return f"{path}, line {lines[-1].lineno}: {error}: {lines[-1].line!r}" if lines else f"{path}: {error}"
 
 
 def summary(cls: Any) -> dict[str, Any]:

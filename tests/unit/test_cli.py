@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,13 @@ def test_exit_codes_of_the_process(mine, arguments, code, words, tmp_path):
         (["compare", "{mine}", "--seeds", "-1,"], "--seeds"),
         (["compare", "{mine}", "--methods", "lora,nothing"], "nothing"),
         (["compare", "{mine}", "--methods", "lora,frozen", "--reference", "er"], "reference"),
+        (["compare", "{mine}", "--methods", " ,"], "--methods: found ' ,'"),
+        (["compare", "{mine}", "output_dir=here"], "--output-dir here"),
+        (["compare", "{mine}", "method=lora"], "every arm of a comparison brings its own"),
+        (["demo", "output_dir=here"], "--output-dir here"),
+        (["demo", "method=[lora]"], "every arm of a comparison brings its own"),
+        (["run", "{mine}", "name=" + "x" * 300], "name: a folder would have 300 bytes"),
+        (["report", "{folder}/" + "x" * 300], "File name too long"),
         (["report", "{folder}"], "report.json"),
         (["undo", "{folder}"], "run folder"),
     ],
@@ -138,19 +146,52 @@ def test_an_unknown_error_keeps_its_traceback(monkeypatch, mine):
         main(["run", mine])
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "{mine}", "output_dir={long}"], ["undo", "{long}"], ["compare", "{mine}", "--output-dir", "{long}/a"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_names_that_the_file_system_refuses_are_no_traceback(capsys, mine, tmp_path, arguments):
+    code, _, err = ends(capsys, *[each.format(mine=mine, long=tmp_path / ("x" * 300)) for each in arguments])
+    assert code in (64, 73) and "name too long" in err and "Traceback" not in err
+
+
+def test_what_the_system_forbids_ends_with_73(monkeypatch, capsys, mine):
+    from perdure import run
+
+    def closed(recipe, *, progress=True):
+        raise PermissionError(errno.EACCES, "Permission denied", "runs/closed")
+
+    monkeypatch.setattr(run, "run_recipe", closed)
+    code, _, err = ends(capsys, "run", mine)
+    assert code == 73 and "runs/closed: Permission denied" in err
+
+
 # ---- run
 def test_run_passes_the_recipe_on_and_prints_the_page_last(monkeypatch, capsys, mine):
     from perdure import run
-    from perdure.report import terminal
+    from perdure.report import html, terminal
 
     seen = []
     monkeypatch.setattr(run, "run_recipe", lambda recipe, *, progress: seen.append((recipe, progress)) or {"a": 1})
     monkeypatch.setattr(terminal, "print_run", lambda report, console: console.print(f"table of {report}"))
+    monkeypatch.setattr(html, "render_run", lambda report, page: None)
     code, out, _ = ends(capsys, "run", mine, "method.lora.rank=3", "seed=5", "output_dir=runs/here", "--no-progress")
     ((loaded, progress),) = seen
     assert code == 0 and not progress
     assert loaded.seed == 5 and loaded.method[0]["lora"]["rank"] == 3 and loaded.output_dir == "runs/here"
     assert out.splitlines() == ["table of {'a': 1}", str(Path("runs/here/report.html"))]
+
+
+def test_the_page_of_a_finished_run_that_was_deleted_is_made_again(monkeypatch, capsys, mine, tmp_path):
+    from perdure import run
+    from tests.unit.report_samples import sample
+
+    monkeypatch.setattr(run, "run_recipe", lambda recipe, *, progress: sample(name="a :bomb:"))
+    code, out, _ = ends(capsys, "run", mine, f"output_dir={tmp_path / 'run'}")
+    page = Path(out.splitlines()[-1])
+    assert code == 0 and page == tmp_path / "run" / "report.html" and "a :bomb:" in page.read_text(encoding="utf-8")
+    assert "a :bomb:" in out
 
 
 def test_own_methods_come_from_a_file(capsys, mine, tmp_path):
@@ -175,8 +216,16 @@ def test_own_methods_come_from_a_file(capsys, mine, tmp_path):
         from perdure.registry import METHODS
 
         METHODS._classes.pop("of_mine", None)
-    file.write_text("this is no python\n")
-    with pytest.raises(SyntaxError):
+    for text, words in (
+        ("import perdure\nthis is no python\n", "my_method.py, line 2: invalid syntax: 'this is no python'"),
+        ("x = 1\nimport no_such_module\n", "my_method.py, line 2: No module named 'no_such_module'"),
+        ("from perdure import Nothing\n", "my_method.py, line 1: cannot import name 'Nothing'"),
+    ):
+        file.write_text(text)
+        code, _, err = ends(capsys, "run", mine, *arguments)
+        assert code == 64 and f"--import: {tmp_path}" in err and words in err and "Traceback" not in err
+    file.write_text("1 / 0\n")  # a defect of the file's own keeps its traceback
+    with pytest.raises(ZeroDivisionError):
         main(["run", mine, *arguments])
 
 
@@ -237,6 +286,17 @@ def test_compare_hands_over_arms_seeds_and_reference(monkeypatch, capsys, mine):
     assert "moram is equal to lora in average accuracy" in out and out.splitlines()[-1] == str(
         Path("there/report.html")
     )
+
+
+def test_a_comparison_with_too_much_forgetting_ends_with_66_after_its_page(monkeypatch, capsys, mine):
+    from perdure import comparison
+
+    made = comparison_of(["lora"], [0]) | {"protocol": {"max_forgetting": 0.2}}
+    made["rows"][0]["values"] = {"forgetting": [0.25]}
+    monkeypatch.setattr(comparison, "compare", lambda *_, **__: (made, Path("there/report.html")))
+    code, out, err = ends(capsys, "compare", mine)
+    assert code == 66 and out.splitlines()[-1] == str(Path("there/report.html"))
+    assert "allows 0.2" in err and "lora, seed 0: 0.2500" in err
 
 
 def test_the_demo_runs_every_arm_once_and_says_where_moram_stands(monkeypatch, capsys):
@@ -332,5 +392,11 @@ def test_doctor_is_content(monkeypatch, tmp_path):
     assert [each.what for each in wrong] == ["minilm weights"] and "expected 53aa51172d14" in wrong[0].found
     monkeypatch.setattr(doctor.models, "MINILM_SHA256", doctor.models.sha256_of(tmp_path / "model.safetensors"))
     assert [each for each in doctor.examine(tmp_path) if each.state == "wrong"] == []
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    (closed,) = [each for each in doctor.examine(tmp_path) if each.state == "wrong"]
+    assert "output_dir=FOLDER for run, --output-dir for compare" in closed.remedy
+    monkeypatch.undo()
+    monkeypatch.setenv("PERDURE_DATA", str(tmp_path))
+    monkeypatch.setattr(doctor.models, "minilm_folder", lambda: None)
     monkeypatch.setattr(doctor, "LOW_DISK", 2**70)
     assert [each.what for each in doctor.examine(tmp_path) if each.state == "wrong"] == ["disk"]
