@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import BadInput
+from . import yamltext
+from .errors import BadInput, PerdureError
 from .progress import Progress
-from .recipe import Recipe, resolved_yaml
+from .recipe import Recipe, identity, load_recipe, recipe_hash
 from .state import RunLock, StateStore, StateWarning, files, truncate
+from .streams import PathSource, StreamConfig, build_stream
+from .streams.sources_named import full_name
 
 RECIPE_FILE, REPORT_FILE, PAGE_FILE = "recipe.yaml", "report.json", "report.html"
 STATE_FOLDER, LOSSES_FILE, LOCK_FILE = "state", "losses.jsonl", ".lock"
@@ -23,17 +25,18 @@ def read_report(folder: str | Path) -> dict[str, Any] | None:
 
     Raises:
         BadInput: the file is not a report.
+        CannotWrite: the folder is closed to us.
     """
+    from .report import build
+
     path = Path(folder) / REPORT_FILE
-    if not path.is_file():
-        return None
+    with files.writing(path):
+        if not path.is_file():
+            return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path}: is not valid JSON ({error}); delete it and run `perdure run` again") from None
-    if not isinstance(found, dict):
-        raise BadInput(f"{path}: holds {type(found).__name__}, not a report; delete it and run `perdure run` again")
-    return found
+        return build.read_report(path)
+    except BadInput as error:
+        raise BadInput(f"{path.parent}: {error}; delete the file and run `perdure run` again") from None
 
 
 def undo(folder: str | Path, to: int | None = None) -> int:
@@ -92,29 +95,68 @@ def _put_report_back(folder: Path, then: dict[str, Any]) -> None:
 def refuse_foreign_folder(folder: Path, recipe: Recipe) -> None:
     """Refuses a folder that holds anything but a run of this very recipe.
 
+    The old recipe is read as one of today: settings that it does not name take their defaults, which is what they
+    were when it ran.
+
     Raises:
         BadInput: names what is there and the first setting that differs.
+        CannotWrite: the folder is closed to us.
     """
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"output_dir: {folder} is a file; give a folder")
     path = folder / RECIPE_FILE
-    if not path.is_file():
+    with files.writing(folder):
+        if folder.exists() and not folder.is_dir():
+            raise BadInput(f"output_dir: {folder} is a file; give a folder")
+        begun = path.is_file()
         ours = [name for name in (REPORT_FILE, PAGE_FILE, LOSSES_FILE, STATE_FOLDER) if (folder / name).exists()]
+    if not begun:
         if ours:
             raise BadInput(
                 f"output_dir: {folder} holds {' and '.join(ours)} but no {RECIPE_FILE}, so it is no run of this "
                 "recipe, and a run would write over it; give another output_dir"
             )
         return
-    then, now = path.read_text(encoding="utf-8"), resolved_yaml(recipe)
-    if then == now:
+    try:
+        then = load_recipe(path)
+    except PerdureError as error:
+        raise BadInput(
+            f"output_dir: {folder} holds a run whose {RECIPE_FILE} this version cannot read ({error}); give another "
+            "output_dir"
+        ) from None
+    if recipe_hash(then) == recipe_hash(recipe):
+        _refuse_changed_files(folder, recipe)
         return
-    old, new = then.splitlines(), now.splitlines()
+    old, new = (yamltext.dump(identity(each)).splitlines() for each in (then, recipe))
     first = next((f"{a.strip()!r} there, {b.strip()!r} now" for a, b in zip(old, new, strict=False) if a != b), None)
     raise BadInput(
         f"output_dir: {folder} holds a run of another recipe ({first or 'another length'}); give another output_dir, "
         "or the old settings to go on with it"
     )
+
+
+def _refuse_changed_files(folder: Path, recipe: Recipe) -> None:
+    """A finished run is given back without its data; where these are single files, they must still be the same."""
+    report = read_report(folder)
+    if report is None or report["status"] != "complete" or not _from_files(recipe.stream):
+        return
+    then, now = (report["details"].get("stream") or {}).get("hash"), build_stream(recipe.stream, recipe.seed).hash
+    if then not in (None, now):
+        raise BadInput(
+            f"stream: its hash was {then[:12]} in the finished run in {folder} and is {now[:12]} now; its files "
+            "changed, so this would be another run. Restore them or give another output_dir"
+        )
+
+
+def _from_files(stream: StreamConfig) -> bool:
+    """Whether all sources are files of the user's own that are still there. Folders of images take long to read."""
+    paths: list[str] = []
+    for source in stream.sources:
+        if isinstance(source, PathSource):
+            paths += [path for path in (source.path, source.test, source.valid) if path is not None]
+        elif isinstance(source, str) and source != "stdlib" and full_name(source) is None:
+            paths.append(source)
+        else:
+            return False
+    return all(Path(path).is_file() for path in paths)
 
 
 def leave_no_trace(folder: Path, missing: list[Path]) -> None:

@@ -83,6 +83,46 @@ def test_a_folder_of_another_recipe_is_refused_and_left_as_it_is(again, whole, t
     assert again("seed=1").code == 64
 
 
+def older(run: Path, *without: str) -> None:
+    """The recipe as a version wrote it that did not have these settings yet."""
+    path = run / "recipe.yaml"
+    kept = [line for line in path.read_text().splitlines() if line.split(":")[0].strip() not in without]
+    assert len(kept) < len(path.read_text().splitlines())
+    path.write_text("\n".join(kept) + "\n")
+
+
+def test_a_setting_that_is_younger_than_a_run_leaves_it_the_same_run(again, whole, tmp_path):
+    assert again(at=(point("update", 4, "kill"),)).code == -9
+    older(tmp_path / "run", "keep_boundaries", "renormalise", "max_test_rows")
+    done = again("training.keep_boundaries=7")
+    assert done.code == 64 and "keep_boundaries: null" in done.output and "keep_boundaries: 7" in done.output
+    assert again("name=renamed").code == 0  # goes on; a name is no setting
+    assert tiny.without_times(tiny.report(tmp_path / "run"))["matrix"] == tiny.report(whole / "run")["matrix"]
+    older(tmp_path / "run", "keep_boundaries")
+    before = tiny.contents(tmp_path / "run")
+    assert again(at=(point("update", 1, "kill"),)).code == 0  # finished: given back
+    assert tiny.contents(tmp_path / "run") == before
+
+
+def test_a_recipe_that_this_version_cannot_read_is_refused(again, tmp_path):
+    assert again(at=(point("update", 4, "kill"),)).code == -9
+    with (tmp_path / "run" / "recipe.yaml").open("a") as file:
+        file.write("gone_again: 1\n")
+    done = again()
+    assert done.code == 64 and "cannot read" in done.output and "gone_again" in done.output
+
+
+@pytest.mark.parametrize("text", ['{"status": "complete"}', '{"schema": 1, "status"', "[]"])
+def test_a_report_that_is_none_is_named(again, tmp_path, text):
+    assert again(at=(point("update", 4, "kill"),)).code == -9
+    (tmp_path / "run" / "report.json").write_text(text)
+    done = again()
+    assert done.code == 64 and "report.json" in done.output and "delete the file" in done.output
+    assert "Traceback" not in done.output
+    (tmp_path / "run" / "report.json").unlink()
+    assert again().code == 0
+
+
 def test_a_folder_with_somebody_elses_report_is_refused(again, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "report.html").write_text("mine")
@@ -108,6 +148,22 @@ def test_a_changed_stream_is_not_taken_for_the_same_run(tmp_path, nursery):
     tiny.write_stream(tmp_path, train=11)
     done = nursery.run(tmp_path, "run", recipe, "output_dir=run", QUIET)
     assert done.code == 64 and "stream" in done.output and "changed" in done.output
+
+
+def test_a_finished_run_is_not_given_back_for_other_files(tmp_path, nursery):
+    recipe = str(tiny.write_recipe(tmp_path, "linear_probe"))
+
+    def run():
+        return nursery.run(tmp_path, "run", recipe, "output_dir=run", QUIET)
+
+    assert run().code == 0 and run().code == 0
+    tiny.write_stream(tmp_path, train=11)
+    done = run()
+    assert done.code == 64 and "files changed" in done.output and "another output_dir" in done.output
+    (tmp_path / "train.jsonl").unlink()  # what is gone has not changed
+    assert run().code == 0
+    tiny.write_stream(tmp_path)
+    assert run().code == 0
 
 
 # ---- disk
