@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-all lint speed docs clean
+.PHONY: install demo test lint speed docs clean
 
 install: $(STAMP)
 
@@ -21,10 +21,6 @@ demo: install
 # Two workers with one thread each: small tensors gain nothing from a second thread.
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
-
-# Also the full product of methods and hosts.
-test-all: install
-	PERDURE_FULL=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check src tests benchmarks

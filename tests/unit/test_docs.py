@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +19,8 @@ NAMES = METHODS.names()  # now: other tests register methods of their own
 MADE_FROM = {DOCS / "results.md": ROOT / "results" / "ledger.jsonl"}
 """Pages that `make docs` writes from a file; a link to one is good as long as there is nothing to write it from."""
 
-_FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+_BLOCK = re.MULTILINE | re.DOTALL
+_FENCE = re.compile(r"^```.*?^```", _BLOCK)
 _CODE = re.compile(r"`[^`\n]*`")
 _LINK = re.compile(r"!?\[[^\]\n]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
@@ -72,6 +75,60 @@ def test_every_head_is_in_heads(name: str) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_links_resolve(page: Path) -> None:
     assert not list(broken(page))
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_of_the_front_pages_resolve(page: Path) -> None:
+    assert not list(broken(page))
+
+
+# ---- what stands in code blocks
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page, text) of every code block of a language, docs and front pages."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+    texts = [(page.name, page.read_text(encoding="utf-8")) for page in pages]
+    return [(name, block) for name, text in texts for block in re.findall(rf"^```{language}\n(.*?)^```", text, _BLOCK)]
+
+
+def lines(word: str) -> list[tuple[str, list[str]]]:
+    """(page, arguments) of every line of a shell block that runs the program `word`."""
+    found = [(page, shlex.split(line, comments=True)) for page, block in blocks("sh") for line in block.splitlines()]
+    return [(page, arguments[1:]) for page, arguments in found if arguments[:1] == [word]]
+
+
+def test_commands_in_the_docs_exist() -> None:
+    import typer
+
+    from perdure.cli import app
+    from perdure.recipe import recipe_names
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    known = {name for full in recipe_names() for name in (full, full.rpartition("/")[2])}
+    seen = set()
+    for page, (name, *arguments) in lines("perdure"):
+        assert name in commands, f"{page}: perdure {name}"
+        context = commands[name].make_context(name, list(arguments))  # refuses options that are not there
+        recipe = context.params.get("recipe")
+        assert recipe is None or recipe in known or recipe.endswith(".yaml"), f"{page}: there is no recipe {recipe}"
+        seen.add(name)
+    assert seen >= {"run", "compare", "report", "undo", "methods", "recipes", "doctor"}
+
+
+def test_make_targets_in_the_docs_exist() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    named = [(page, target) for page, arguments in lines("make") for target in arguments]
+    assert {target for _, target in named} >= {"demo", "test", "lint"}
+    assert [(page, target) for page, target in named if target not in targets] == []
+
+
+@pytest.mark.parametrize(("page", "block"), blocks("python"), ids=lambda value: value if value.endswith(".md") else "")
+def test_python_in_the_docs_compiles(page: str, block: str) -> None:
+    compile(textwrap.dedent(block), page, "exec")
+
+
+def test_the_readme_pins_the_torch_that_the_constraints_pin() -> None:
+    (pinned,) = re.findall(r"^torch==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert f"pip install torch=={pinned} " in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_link_check_finds_a_broken_link(tmp_path: Path) -> None:
