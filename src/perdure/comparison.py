@@ -381,8 +381,8 @@ def _proof(mine: Mapping[str, Any], theirs: Mapping[str, Any], comparison: Mappi
     from .evaluation.compare import CLAIM_SEEDS, paired_difference
     from .report import words
 
-    scores = [_by_seed(row, "average_accuracy") for row in (mine, theirs)]
-    pair = paired_difference(*scores, comparison["higher_is_better"])
+    one, other = (_by_seed(row, "average_accuracy") for row in (mine, theirs))
+    pair = paired_difference(one, other, comparison["higher_is_better"])
     seeds = pair["pairs"] if pair else min(len(mine["seeds"]), len(theirs["seeds"]))
     if pair is None or seeds < CLAIM_SEEDS:
         return f"; {'one seed' if seeds == 1 else f'{seeds} seeds'}, an illustration"

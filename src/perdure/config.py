@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
-_NUMBERS = {int: "int_type", float: "float_type", bool: "bool_type"}
+_NUMBERS: dict[Any, Literal["int_type", "float_type", "bool_type"]] = {
+    int: "int_type", float: "float_type", bool: "bool_type"
+}  # fmt: skip
 
 
 class Strict(BaseModel):

@@ -200,9 +200,8 @@ def build_comparison(
         arms: arm name -> reports of its runs, one for each seed.
         recipe: name of the recipe that was compared.
         reference: the arm that differences are taken to; the first arm when absent.
-        paths: arm name -> folders of its runs, in the order of the reports.
-        tuning: how the arms' rates were found: `grid`, `trials`, `on`.
-        notes: arm name -> one line shown beside the arm.
+        paths, notes: arm name -> folders of its runs, in the order of the reports; one line shown beside the arm.
+        tuning: how the arms' rates were found: `grid`, `trials`, `on`, `equal`.
 
     Returns:
         The contract's keys, and: `stream_details`, `tuning`, `warnings` (lines about runs made by different code or
@@ -212,27 +211,24 @@ def build_comparison(
         `render_comparison` takes reports in that order.
 
     Raises:
-        BadInput: no arm or an arm without runs, a seed twice in one arm, an unknown reference, runs that differ in
-            protocol, stream or schema.
+        BadInput: no arm or an arm without runs, a seed twice, an unknown reference, or as `check_comparable`.
     """
     if not arms:
         raise BadInput("arms: is empty; a comparison needs at least one arm")
     reference = next(iter(arms)) if reference is None else reference
     if reference not in arms:
         raise BadInput(f"reference: {reference!r} is not an arm; arms: {', '.join(arms)}")
-    flat: list[str] = []
-    rows, named = [], {}
+    flat, rows = [], []
     for arm, reports in arms.items():
         labels = _labels(arm, reports, (paths or {}).get(arm))
-        named.update({(f"{arm}, seed {r['seed']}"): r for r in reports})
         row = _row(arm, reports, (notes or {}).get(arm))
         rows.append({**row, "runs": list(range(len(flat), len(flat) + len(reports)))})
         flat += labels
-    check_comparable(named)
+    check_comparable({f"{arm}, seed {r['seed']}": r for arm, reports in arms.items() for r in reports})
     for row in rows:
         row["difference"] = None if row["arm"] == reference else _differences(arms[row["arm"]], arms[reference])
     some = arms[reference][0]
-    environments = [report.get("environment") or {} for report in named.values()]
+    environments = [report.get("environment") or {} for reports in arms.values() for report in reports]
     return {
         "schema": COMPARISON_SCHEMA,
         "recipe": recipe,
