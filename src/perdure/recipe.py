@@ -148,9 +148,13 @@ def find_recipe(name: str | Path) -> Path:
     if found:
         raise BadInput(f"recipe: {name} fits {' and '.join(found)}; give the area too")
     stems = {each.rsplit("/", 1)[-1]: each for each in known}
-    near = difflib.get_close_matches(str(name), [*stems, *known], n=2)
+    near: dict[str, str] = {}
+    for each in difflib.get_close_matches(str(name), [*stems, *known], n=4):
+        near.setdefault(stems.get(each, each), each)  # `clinc150` and `text/clinc150` are one
     hint = (
-        f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}; or give a path to a .yaml file"
+        f"did you mean {' or '.join([*near.values()][:2])}?"
+        if near
+        else f"known: {', '.join(known)}; or give a path to a .yaml file"
     )
     raise BadInput(f"recipe: {str(name)!r} is unknown; {hint}")
 

@@ -171,14 +171,14 @@ def import_file(path: str | Path) -> None:
         spec.loader.exec_module(module)
     except (SyntaxError, ImportError) as error:
         del sys.modules[name]
-        raise BadInput(f"--import: {_line_of(error, path)}; correct it and try again") from error
+        raise BadInput(f"--import: {_line_of(error, spec.origin or str(path))}; correct it and try again") from error
 
 
-def _line_of(error: SyntaxError | ImportError, path: Path) -> str:
-    """File, line and text of what went wrong, as the traceback would show them."""
+def _line_of(error: SyntaxError | ImportError, path: str) -> str:
+    """File, line and text of what went wrong, as the traceback would show them; `path` is what it calls the file."""
     if isinstance(error, SyntaxError):
         return f"{error.filename or path}, line {error.lineno}: {error.msg}: {(error.text or '').strip()!r}"
-    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     return f"{path}, line {lines[-1].lineno}: {error}: {lines[-1].line!r}" if lines else f"{path}: {error}"
 
 

@@ -33,10 +33,11 @@ def read_report(folder: str | Path) -> dict[str, Any] | None:
     with files.writing(path):
         if not path.is_file():
             return None
+        path.open("rb").close()  # one that we may not read is none to delete
     try:
         return build.read_report(path)
     except BadInput as error:
-        raise BadInput(f"{path.parent}: {error}; delete the file and run `perdure run` again") from None
+        raise BadInput(f"{error}; delete the file and run `perdure run` again") from None
 
 
 def undo(folder: str | Path, to: int | None = None) -> int:

@@ -167,6 +167,19 @@ def test_what_the_system_forbids_ends_with_73(monkeypatch, capsys, mine):
     assert code == 73 and "runs/closed: Permission denied" in err
 
 
+def test_a_report_that_may_not_be_read_is_none_to_delete(monkeypatch, tmp_path):
+    from perdure.run_folder import read_report
+
+    (tmp_path / "report.json").write_text("{}")
+
+    def closed(self, *arguments, **named):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(errors.CannotWrite, match=r"report\.json: .*Permission denied"):
+        read_report(tmp_path)
+
+
 # ---- run
 def test_run_passes_the_recipe_on_and_prints_the_page_last(monkeypatch, capsys, mine):
     from perdure import run
@@ -194,7 +207,7 @@ def test_the_page_of_a_finished_run_that_was_deleted_is_made_again(monkeypatch, 
     assert "a :bomb:" in out
 
 
-def test_own_methods_come_from_a_file(capsys, mine, tmp_path):
+def test_own_methods_come_from_a_file(monkeypatch, capsys, mine, tmp_path):
     file = tmp_path / "my_method.py"
     file.write_text(
         "import perdure\n"
@@ -224,6 +237,9 @@ def test_own_methods_come_from_a_file(capsys, mine, tmp_path):
         file.write_text(text)
         code, _, err = ends(capsys, "run", mine, *arguments)
         assert code == 64 and f"--import: {tmp_path}" in err and words in err and "Traceback" not in err
+        monkeypatch.chdir(tmp_path)
+        code, _, err = ends(capsys, "run", mine, "--import", "my_method.py")  # as it is typed most often
+        assert code == 64 and words in err
     file.write_text("1 / 0\n")  # a defect of the file's own keeps its traceback
     with pytest.raises(ZeroDivisionError):
         main(["run", mine, *arguments])

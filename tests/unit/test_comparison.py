@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -307,6 +308,9 @@ def test_the_page_of_several_runs_replaces_no_other_comparison(runs, recipe, tmp
 
 def test_a_folder_without_a_report(tmp_path):
     with pytest.raises(BadInput, match=r"holds no report.json"):
+        comparisons.rebuild([tmp_path])
+    (tmp_path / "report.json").write_text('{"status": "complete"}')
+    with pytest.raises(BadInput, match=rf"^{re.escape(str(tmp_path / 'report.json'))}: schema: found None"):
         comparisons.rebuild([tmp_path])
 
 

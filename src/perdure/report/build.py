@@ -292,7 +292,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
     Raises:
         BadInput: the file is absent, not JSON, or not a report of this schema.
     """
-    return validate_report(_read(path), Path(path).name)
+    return validate_report(_read(path), str(path))
 
 
 def read_comparison(path: str | Path) -> dict[str, Any]:
@@ -301,7 +301,7 @@ def read_comparison(path: str | Path) -> dict[str, Any]:
     Raises:
         BadInput: as `read_report`.
     """
-    return validate_comparison(_read(path), Path(path).name)
+    return validate_comparison(_read(path), str(path))
 
 
 def _read(path: str | Path) -> Any:
