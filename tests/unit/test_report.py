@@ -98,6 +98,13 @@ def test_report_keys_and_metrics():
         ({"curves": {"loss": [[1, 0, "x"]]}}, r"curves\.loss: point 0"),
         ({"curves": {"loss": None}}, r"curves\.loss: expected a list"),
         ({"curves": {"loss": "falling"}}, r"curves\.loss: expected a list"),
+        ({"details": {"method": "moram"}}, r"details: method: expected sequence or null"),
+        ({"details": {"method": ["moram"]}}, r"details\.method\.0: expected an object"),
+        ({"details": {"method": [{"name": "moram", "title": "MoRAM"}]}}, r"details\.method\.0: status: is missing"),
+        ({"details": {"head": 5}}, r"details: head: expected mapping or null"),
+        ({"details": {"stream": "clinc150"}}, r"details: stream: expected mapping or null"),
+        ({"details": {"stream": {"classes": [["a"], 3]}}}, r"details\.stream\.classes\.1: expected a list"),
+        ({"details": {"router_history": [None]}}, r"details\.router_history\.0: expected an object"),
     ],
 )
 def test_malformed_report_is_named(change, words_found):
@@ -284,6 +291,12 @@ def test_reports_must_be_those_of_the_runs():
         render_comparison(comparison, reports[::-1])
     with pytest.raises(BadInput, match="rows: is empty"):
         build.validate_comparison({**comparison, "rows": []})
+    with pytest.raises(BadInput, match=r"rows\.0\.runs: found 99; expected positions in runs"):
+        build.validate_comparison({**comparison, "rows": [{**comparison["rows"][0], "runs": [99]}]})
+    with pytest.raises(BadInput, match=r"runs\.0: expected the folder of a run, found 5"):
+        build.validate_comparison({**comparison, "runs": [5, *comparison["runs"][1:]]})
+    with pytest.raises(BadInput, match=r"tuning: expected mapping or null, found 'by hand'"):
+        build.validate_comparison({**comparison, "tuning": "by hand"})
 
 
 # ---- words and drawings

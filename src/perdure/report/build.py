@@ -44,6 +44,15 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "status": _TEXT,
     "notes": (Sequence,),
 }
+_LIST = (Sequence, type(None))
+_OBJECT = (Mapping, type(None))
+_DETAILS: dict[str, tuple[type, ...]] = {
+    "method": _LIST, "head": _OBJECT, "model": _OBJECT, "stream": _OBJECT, "router_history": _LIST
+}  # fmt: skip
+"""What pages are made from; absent is null."""
+_METHOD_FIELDS: dict[str, tuple[type, ...]] = {
+    "name": _TEXT, "title": _OPTIONAL_TEXT, "status": _OPTIONAL_TEXT, "config": _OBJECT
+}  # fmt: skip
 _METRIC_KEYS = ("average_accuracy", "average_incremental_accuracy", "forgetting", "backward_transfer")
 _METRIC_KEYS += ("forward_transfer", "learning_accuracy")
 _COST_KEYS = ("seconds", "trainable_parameters", "stored_bytes")
@@ -140,6 +149,7 @@ def validate_report(report: Any, where: str = "report") -> dict[str, Any]:
             if key not in report[block]:
                 raise BadInput(f"{where}: {block}.{key}: is missing; write null where it was not measured")
     _check_numbers(report["metrics"], f"{where}: metrics")
+    _check_details(report["details"], f"{where}: details")
     _check_loss(report["curves"].get("loss", []), f"{where}: curves.loss")
     for site, stats in report["router"].items():
         if not isinstance(stats, Mapping):
@@ -147,6 +157,23 @@ def validate_report(report: Any, where: str = "report") -> dict[str, Any]:
         _check_numbers(stats, f"{where}: router.{site}")
     _check_finite(report, where)
     return dict(report)
+
+
+def _check_details(details: Mapping[str, Any], where: str) -> None:
+    _check_present(details, _DETAILS, where)
+    for number, method in enumerate(details.get("method") or ()):
+        _check_fields(method, _METHOD_FIELDS, f"{where}.method.{number}")
+    for number, router in enumerate(details.get("router_history") or ()):
+        _check_fields(router, {}, f"{where}.router_history.{number}")
+    stream = details.get("stream") or {}
+    _check_present(stream, {"experiences": _LIST, "classes": _LIST}, f"{where}.stream")
+    for number, names in enumerate(stream.get("classes") or ()):
+        if names is not None and not isinstance(names, (list, tuple)):
+            raise BadInput(f"{where}.stream.classes.{number}: expected a list of names or null, found {names!r:.80}")
+
+
+def _check_present(block: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]], where: str) -> None:
+    _check_fields(block, {field: types for field, types in fields.items() if field in block}, where)
 
 
 def _check_loss(points: Any, where: str) -> None:
@@ -201,10 +228,21 @@ def validate_comparison(comparison: Any, where: str = "comparison") -> dict[str,
         raise BadInput(f"{where}: expected an object, found {type(comparison).__name__}")
     _check_schema(comparison, COMPARISON_SCHEMA, where)
     _check_fields(comparison, _COMPARISON_FIELDS, where)
+    _check_present(comparison, {"tuning": _OBJECT}, where)
+    runs = comparison["runs"]
+    for number, folder in enumerate(runs):
+        if not isinstance(folder, str):
+            raise BadInput(f"{where}: runs.{number}: expected the folder of a run, found {folder!r:.80}")
     if not comparison["rows"]:
         raise BadInput(f"{where}: rows: is empty; a comparison has at least one arm")
     for number, row in enumerate(comparison["rows"]):
         _check_fields(row, _ROW_FIELDS, f"{where}: rows.{number}")
+        for position in row["runs"]:
+            if type(position) is not int or not 0 <= position < len(runs):
+                raise BadInput(
+                    f"{where}: rows.{number}.runs: found {position!r:.80}; expected positions in runs, 0 to "
+                    f"{len(runs) - 1}"
+                )
         for block in ("metrics", "cost", "difference"):
             for key, value in (row[block] or {}).items():
                 if not isinstance(value, Mapping) or not {"mean", "low", "high"} <= set(value):
