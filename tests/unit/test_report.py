@@ -104,6 +104,8 @@ def test_report_keys_and_metrics():
         ({"details": {"head": 5}}, r"details: head: expected mapping or null"),
         ({"details": {"stream": "clinc150"}}, r"details: stream: expected mapping or null"),
         ({"details": {"stream": {"classes": [["a"], 3]}}}, r"details\.stream\.classes\.1: expected a list"),
+        ({"details": {"stream": {"classes": [["a"], ["b", 3]]}}}, r"details\.stream\.classes\.1: expected a list"),
+        ({"details": {"arm": ["lora"]}}, r"details: arm: expected str or null"),
         ({"details": {"router_history": [None]}}, r"details\.router_history\.0: expected an object"),
     ],
 )

@@ -47,7 +47,8 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 _LIST = (Sequence, type(None))
 _OBJECT = (Mapping, type(None))
 _DETAILS: dict[str, tuple[type, ...]] = {
-    "method": _LIST, "head": _OBJECT, "model": _OBJECT, "stream": _OBJECT, "router_history": _LIST
+    "arm": _OPTIONAL_TEXT, "method": _LIST, "head": _OBJECT, "model": _OBJECT, "stream": _OBJECT,
+    "router_history": _LIST,
 }  # fmt: skip
 """What pages are made from; absent is null."""
 _METHOD_FIELDS: dict[str, tuple[type, ...]] = {
@@ -168,7 +169,8 @@ def _check_details(details: Mapping[str, Any], where: str) -> None:
     stream = details.get("stream") or {}
     _check_present(stream, {"experiences": _LIST, "classes": _LIST}, f"{where}.stream")
     for number, names in enumerate(stream.get("classes") or ()):
-        if names is not None and not isinstance(names, (list, tuple)):
+        good = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        if names is not None and not good:
             raise BadInput(f"{where}.stream.classes.{number}: expected a list of names or null, found {names!r:.80}")
 
 
