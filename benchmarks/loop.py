@@ -116,7 +116,8 @@ class HandWritten:
         self.scale = nn.Parameter(old.scale.detach().clone().to(learner.device))
         self.trained = [*adapted, self.weight, self.scale]
         head = {"params": [self.weight, self.scale], "lr": HEAD_RATE}
-        self.optimizer = torch.optim.AdamW([{"params": adapted, "lr": RATES[method]}, head], weight_decay=0.0)
+        groups = [{"params": adapted, "lr": RATES[method]}, head]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # as the Learner's: no crippled rival
         self.ids = tokenizer([row["text"] for row in rows])["input_ids"]
         self.labels = torch.tensor([OLD_CLASSES + int(row["label"][4:]) for row in rows])
         self.device = learner.device
