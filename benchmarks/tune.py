@@ -48,7 +48,7 @@ def trial(recipe: Recipe, rate: float, head_rate: float | None, positions: Seque
     scores = learner.evaluate(experiences, split="valid").values()
     losses = [validation_loss(learner, experience) for experience in experiences]
     found = {"loss": statistics.mean(losses), "score": statistics.mean(scores)}
-    return {"learning_rate": rate, "head_learning_rate": head_rate, **found}
+    return {"learning_rate": rate, "head_learning_rate": head_rate, "experiences": list(positions), **found}
 
 
 def validation_loss(learner: Learner, experience: Experience) -> float:
@@ -97,6 +97,7 @@ def main() -> None:
         arm = recipe.with_arm(name)
         head_rates = (None,) if "causal_lm" in arm.objective else heads
         before = read(path).get(name, {}).get("trials", [])
+        before = [each for each in before if each["experiences"] == list(positions)]  # others judged something else
         known = {(each["learning_rate"], each["head_learning_rate"]): each for each in before}
         trials = [known.get(pair) or trial(arm, *pair, positions) for pair in itertools.product(rates, head_rates)]
         best = min(trials, key=lambda found: found["loss"])

