@@ -38,7 +38,9 @@ from perdure.state import lock as lock_module
 # lock
 
 HOLDER = """
-import os, sys
+import os, sys, time
+if sys.argv[3] == "slow fork":
+    os.register_at_fork(after_in_child=lambda: time.sleep(0.5))  # a child that is not scheduled for a while
 sys.modules["torch"] = type(sys)("torch")  # the lock needs none of it
 import importlib.util, types
 for name in ("perdure", "perdure.state"):
@@ -48,7 +50,7 @@ for name in ("perdure", "perdure.state"):
 from pathlib import Path
 from perdure.state.lock import RunLock
 lock = RunLock(Path(sys.argv[2])).acquire()
-child = os.fork() if sys.argv[3] == "fork" else -1
+child = os.fork() if "fork" in sys.argv[3] else -1
 if child == 0:
     sys.stdin.read()  # a data worker that outlives its parent
     os._exit(0)
@@ -83,8 +85,9 @@ def test_a_second_run_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path: Pa
         assert mine.owner()["pid"] == os.getpid()
 
 
-def test_a_worker_that_outlives_its_killed_parent_holds_nothing(tmp_path: Path) -> None:
-    other = hold(tmp_path, "fork")
+@pytest.mark.parametrize("mode", ["fork", "slow fork"])
+def test_a_worker_that_outlives_its_killed_parent_holds_nothing(tmp_path: Path, mode: str) -> None:
+    other = hold(tmp_path, mode)
     try:
         assert other.stdout is not None
         int(other.stdout.readline())

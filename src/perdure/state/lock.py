@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 import weakref
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any
 
 from perdure.errors import CannotWrite
 from perdure.state import files
+
+GRACE = 5.0
+"""Seconds in which the forked workers of a killed run must have let its lock go."""
 
 _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
@@ -68,19 +72,26 @@ class RunLock:
             os.close(descriptor)  # the file was removed between opening and locking: lock the new one
 
     def _lock(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = self.owner()
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise self._refusal(owner) from error
-            if error.errno not in files.NO_LOCKS:
-                raise
-            if self._alive(owner):
-                raise self._refusal(owner) from error
+        until = time.monotonic() + GRACE
+        while True:
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                owner = self.owner()
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    # A dead owner's forked worker lets go as soon as it is scheduled.
+                    if self._alive(owner) or time.monotonic() > until:
+                        raise self._refusal(owner) from error
+                    time.sleep(0.05)
+                    continue
+                if error.errno not in files.NO_LOCKS:
+                    raise
+                if self._alive(owner):
+                    raise self._refusal(owner) from error
+                return None
 
     def _alive(self, owner: dict[str, Any]) -> bool:
-        """Whether the recorded owner may still run; only asked where the file system has no locks."""
+        """Whether the recorded owner may still run."""
         pid = owner.get("pid")
         if not isinstance(pid, int) or pid <= 0:
             return False
