@@ -95,6 +95,9 @@ class TrainingConfig(Strict):
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Of whatever trains, where a method's parameter group asks for no other."""
+    head_optimizer: Literal["adamw", "sgd"] | None = None
+    """Of a trained head; `optimizer` when absent."""
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainingConfig
+from .errors import BadInput
 from .state import load_optimizer_state, optimizer_state
 
 
@@ -24,42 +25,69 @@ def rate_factor(training: TrainingConfig, step: int, total: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
+OPTIONS = {
+    "adamw": frozenset({"params", "lr", "weight_decay", "betas", "eps", "amsgrad"}),
+    "sgd": frozenset({"params", "lr", "weight_decay", "momentum", "dampening", "nesterov"}),
+}
+"""Optimizer -> what a group may say; the rest is the training's."""
+
+
 class Optimization:
-    """The optimizer of one experience, fresh at its start.
+    """The optimizers of one experience, fresh at its start; one for each kind that the groups ask for.
 
     Args:
         training: rates, optimizer and clipping.
-        groups: dicts with `params` as (name, Parameter) pairs and `lr`; `weight_decay` where it differs.
+        groups: dicts with `params` as (name, Parameter) pairs and `lr`; `weight_decay`, `optimizer` ("adamw", "sgd")
+            and that optimizer's own options where they differ from the training's.
         keep: an earlier one whose moments are taken over for parameters that live on, and for the old rows of heads
             that grew. New atoms of a bank have the name of those before them and start fresh.
+
+    Raises:
+        BadInput: a group asks for an optimizer or an option that does not exist.
     """
 
     def __init__(self, training: TrainingConfig, groups: list[dict[str, Any]], keep: Optimization | None = None):
         self.training = training
         self.named: list[tuple[str, nn.Parameter]] = [pair for group in groups for pair in group["params"]]
-        plain = [{**group, "params": [p for _, p in group["params"]], "base_lr": group["lr"]} for group in groups]
-        if training.optimizer == "adamw":
-            # One kernel for the whole step: a quarter of the time of a loop over the parameters for a whole MiniLM.
-            fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for _, p in self.named)
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                plain, betas=(training.adam_beta1, training.adam_beta2), weight_decay=training.weight_decay, fused=fused
-            )
-        else:
-            self.optimizer = torch.optim.SGD(plain, lr=training.learning_rate, weight_decay=training.weight_decay)
+        self.kinds: dict[str, torch.optim.Optimizer] = {}
+        kinds = [group.get("optimizer") or training.optimizer for group in groups]
+        for kind in dict.fromkeys(kinds):
+            own = [_plain(kind, group) for group, asked in zip(groups, kinds, strict=True) if asked == kind]
+            self.kinds[kind] = self._build(kind, own)
         if keep is not None:
             self._take_over(keep)
 
+    def _build(self, kind: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        training = self.training
+        if kind == "sgd":
+            return torch.optim.SGD(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
+        # One kernel for the whole step: a quarter of the time of a loop over the parameters for a whole MiniLM.
+        every = [parameter for group in groups for parameter in group["params"]]
+        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in every)
+        return torch.optim.AdamW(
+            groups, betas=(training.adam_beta1, training.adam_beta2), weight_decay=training.weight_decay, fused=fused
+        )
+
     def _take_over(self, keep: Optimization) -> None:
         old = dict(keep.named)
-        for name, parameter in self.named:
-            before = old.get(name)
-            state = None if before is None else keep.optimizer.state.get(before)
-            if before is None or not state:
+        for kind, optimizer in self.kinds.items():
+            before_all = keep.kinds.get(kind)
+            if before_all is None:
                 continue
-            if before is parameter:
-                self.optimizer.state[parameter] = state
-            elif name.startswith("head/") and before.shape[1:] == parameter.shape[1:] and len(before) < len(parameter):
-                self.optimizer.state[parameter] = {key: _longer(v, before, parameter) for key, v in state.items()}
+            own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            for name, parameter in self.named:
+                before = old.get(name)
+                state = None if before is None else before_all.state.get(before)
+                if id(parameter) not in own or before is None or not state:
+                    continue
+                if before is parameter:
+                    optimizer.state[parameter] = state
+                elif (
+                    name.startswith("head/")
+                    and before.shape[1:] == parameter.shape[1:]
+                    and len(before) < len(parameter)
+                ):
+                    optimizer.state[parameter] = {key: _longer(v, before, parameter) for key, v in state.items()}
 
     def clip(self) -> Tensor | None:
         """Clips the gradients; returns their norm before, or None where no limit is set."""
@@ -73,18 +101,46 @@ class Optimization:
 
     def step(self, step: int, total: int) -> None:
         factor = rate_factor(self.training, step, total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        self.optimizer.step()
+        for optimizer in self.kinds.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            optimizer.step()
 
     def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.kinds.values():
+            optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return optimizer_state(self.optimizer, self.named)
+        tensors: dict[str, Tensor] = {}
+        values: dict[str, Any] = {"kinds": {}}
+        for kind, optimizer in self.kinds.items():
+            found, values["kinds"][kind] = optimizer_state(optimizer, self.named)
+            tensors |= found
+        return tensors, values
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        load_optimizer_state(self.optimizer, self.named, tensors, values)
+        # A state from when there was one optimizer for all has its values bare.
+        kinds = values.get("kinds", {self.training.optimizer: values})
+        if set(kinds) != set(self.kinds):
+            raise BadInput(
+                f"training: the state is of the optimizers {', '.join(sorted(kinds))}, the run has "
+                f"{', '.join(sorted(self.kinds))}; resume with the optimizers that the run was started with"
+            )
+        for kind, optimizer in self.kinds.items():
+            load_optimizer_state(optimizer, self.named, tensors, kinds[kind])
+
+
+def _plain(kind: str, group: dict[str, Any]) -> dict[str, Any]:
+    """The group as torch takes it."""
+    group = {key: value for key, value in group.items() if key != "optimizer"}
+    if kind not in OPTIONS:
+        raise BadInput(f"parameter group: there is no optimizer {kind!r}; choose {' or '.join(OPTIONS)}")
+    unknown = sorted(set(group) - OPTIONS[kind])
+    if unknown:
+        raise BadInput(
+            f"parameter group: {kind} has no option {', '.join(unknown)}; it has {', '.join(sorted(OPTIONS[kind]))}"
+        )
+    return {**group, "params": [parameter for _, parameter in group["params"]], "base_lr": group["lr"]}
 
 
 def _longer(value: Any, before: Tensor, after: Tensor) -> Any:

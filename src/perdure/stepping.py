@@ -63,8 +63,12 @@ class Stepping(Passes):
             return []  # it only serves to train an adapter
         head = self.auxiliary_head or self.head
         if head is not None and not head.closed_form:
-            rate = self.training.head_learning_rate or self.training.learning_rate
-            groups.append({"params": [(f"head/{n}", p) for n, p in head.parameters()], "lr": rate, "weight_decay": 0.0})
+            own = {
+                "lr": self.training.head_learning_rate or self.training.learning_rate, "weight_decay": 0.0,
+                "optimizer": self.training.head_optimizer,
+            }  # fmt: skip
+            for group in head.parameter_groups():
+                groups.append({**own, **group, "params": [(f"head/{n}", p) for n, p in group["params"]]})
         return [group for group in groups if group["params"]]
 
     def _optimize_anew(self, keep: Optimization | None = None) -> None:

@@ -145,7 +145,7 @@ def test_rates_and_decay_reach_the_optimizer() -> None:
     seen: list[list[float]] = []
 
     def on_step(loop, _) -> None:
-        groups = loop.optimization.optimizer.param_groups
+        groups = loop.optimization.kinds["adamw"].param_groups
         seen.append([group["lr"] for group in groups] + [group["weight_decay"] for group in groups])
 
     made = cases.experiences("bert", 1, rows=12)[0]

@@ -24,7 +24,7 @@ def test_growth_without_boundaries_keeps_what_survives() -> None:
 
     def on_step(loop: Any, _: Any) -> None:
         names = dict(loop.optimization.named)
-        state = loop.optimization.optimizer.state
+        state = loop.optimization.kinds["adamw"].state
         fresh = [name for name, p in names.items() if not state.get(p)]
         seen.append((bool(fresh), all("method" in name for name in fresh), int(state[names["head/scale"]]["step"])))
 
@@ -44,8 +44,8 @@ def test_new_classes_without_boundaries_train_the_grown_head() -> None:
     learner.partial_fit(made[1].train)
     live = dict(learner.named_trainable())["head/weight"]
     assert learner.optimization is not None and dict(learner.optimization.named)["head/weight"] is live
-    assert int(learner.optimization.optimizer.state[live]["step"]) == 4
-    assert learner.optimization.optimizer.state[live]["exp_avg"].shape == (4, 16)
+    assert int(learner.optimization.kinds["adamw"].state[live]["step"]) == 4
+    assert learner.optimization.kinds["adamw"].state[live]["exp_avg"].shape == (4, 16)
     assert not torch.equal(live[:2], old) and [past.name for past in learner.history] == ["arrival-0", "arrival-1"]
 
 

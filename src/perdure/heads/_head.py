@@ -66,6 +66,10 @@ class Head(ABC):
         """What trains by gradient: (name, Parameter)."""
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What trains, as a method says it: `params`, and optionally `lr`, `weight_decay`, `optimizer` and its options."""
+        return [{"params": self.parameters()}]
+
     @abstractmethod
     def logits(self, features: Tensor) -> Tensor:
         """Class scores [B, C] in float32, unmasked."""
