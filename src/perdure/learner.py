@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arrivals import arrival, learn_spooled
 from .assembly import as_labels
 from .attachment import holds, release
 from .bookkeeping import Counters, Past, Position, Unlearnt, quiet
@@ -173,13 +174,20 @@ class Learner(Loop):
                 with self.autocast(), self.observing(batch, log):
                     self.objective.forward(self.model, None, batch, self.pooling)
 
-    def partial_fit(self, rows: Sequence[Row]) -> Learner:
+    def partial_fit(self, rows: Sequence[Row], *, spool: str | Path | None = None) -> Learner:
         """Learns rows that just arrived: one pass in batches. With `protocol.boundaries: none` the optimizer goes on
         from call to call and the method is not told that anything new begins; else each call is an experience. What
         an error leaves behind is said at `learn`.
 
+        Args:
+            rows: as those of an experience.
+            spool: folder where the rows are kept, written before they are learnt. After a crash, load the last state
+                you saved and go on: arrivals that the state does not hold are learnt first, in their order (with no
+                new rows too).
+
         Raises:
-            BadInput: no rows, a row that does not fit, or a method that learns after the last experience only.
+            BadInput: no rows, a row that does not fit, a folder of another learner, or a method that learns after the
+                last experience only.
         """
         late = [method.name for method in self.methods if "all_data" in method.needs]
         if late:
@@ -191,8 +199,11 @@ class Learner(Loop):
             train = list(rows)
         except TypeError:
             raise BadInput(f"partial_fit: expected a list of rows, found {type(rows).__name__}") from None
-        number = self.position.experience
-        return self.learn(Experience(index=number, name=f"arrival-{number}", train=train))  # type: ignore[return-value]
+        if spool is None:
+            self.learn(arrival(self.position.experience, train))
+        else:
+            learn_spooled(self, train, spool)
+        return self
 
     def forget(self, write: int) -> Any:
         """Takes one write back at the level the method declares (`Method.removal`).

@@ -199,7 +199,9 @@ def test_warm_up_goes_on_over_arrivals() -> None:
     seen, settings = [], {"warmup_steps": 3, "learning_rate": 0.1}
     learner = build("linear_probe", protocol=FREE, **settings)
     for experience in cases.experiences("bert", 5, rows=4):
-        learner.learn(experience, on_step=lambda at, _: seen.append(at.optimization.kinds["adamw"].param_groups[0]["lr"]))
+        learner.learn(
+            experience, on_step=lambda at, _: seen.append(at.optimization.kinds["adamw"].param_groups[0]["lr"])
+        )
     expected = [0.1 * rate_factor(TrainingConfig(**settings), step, 5) for step in range(5)]
     assert seen == pytest.approx(expected) and seen[0] < seen[1] < seen[2] == seen[3]
 

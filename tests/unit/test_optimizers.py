@@ -43,7 +43,9 @@ def test_each_group_steps_with_the_optimizer_it_asks_for() -> None:
         vector = loop.methods[0].modules["vector"]["v"]
         states = loop.optimization.kinds
         head = dict(loop.optimization.named)["head/weight"]
-        seen.append((float(vector.detach()[0]), "exp_avg" in states["adamw"].state[head] and vector in states["sgd"].state))
+        seen.append(
+            (float(vector.detach()[0]), "exp_avg" in states["adamw"].state[head] and vector in states["sgd"].state)
+        )
 
     learner.learn(cases.experiences("bert", 1, rows=12)[0], on_step=on_step)
     value, moment, expected = 1.0, 0.0, []

@@ -67,7 +67,7 @@ class Head(ABC):
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What trains, as a method says it: `params`, and optionally `lr`, `weight_decay`, `optimizer` and its options."""
+        """What trains, with the same keys as `Method.parameter_groups`."""
         return [{"params": self.parameters()}]
 
     @abstractmethod

@@ -84,8 +84,9 @@ class Method:
         """Takes out what `attach` put in; the host is then the original, bit for bit."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What trains: dicts with `params` (list of (name, Parameter)), and optionally `lr`, `weight_decay`, `optimizer`
-        ("adamw" or "sgd"; the training's when absent) and that optimizer's options, such as `betas` or `momentum`."""
+        """What trains: dicts with `params` (list of (name, Parameter)), and optionally `lr`, `weight_decay`,
+        `optimizer` ("adamw", "sgd"; the training's when absent) and that optimizer's options (`betas`, `momentum`).
+        """
         return []
 
     def touched(self) -> list[tuple[str, nn.Parameter]]:

@@ -109,15 +109,15 @@ class SpooledRows(Sequence[Row]):
     checked = True
 
     def __init__(self, path: Path, places: array[int], labels: tuple[str, ...], where: str):
-        self._path, self._places, self.labels, self._where = path, places, labels, where
+        self._path, self.places, self.labels, self._where = path, places, labels, where
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.places)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = self._places[index]
+        place = self.places[index]
         with self._path.open("rb") as file:
             file.seek(place)
             payload = unframe(file.readline())
@@ -225,6 +225,17 @@ class Spool:
             self._cut(min(places))
         self._pending = _no_places()
         return count
+
+    def retract(self) -> None:
+        """Cuts the experience closed last off again, as if it had never come.
+
+        Raises:
+            BadInput: rows are pending, or there is no experience.
+        """
+        if self.pending or not self._experiences:
+            raise BadInput(f"spool {self.path}: {self.pending} rows are pending, {len(self)} experiences are closed")
+        last = self._experiences.pop()
+        self._cut(min(place for split in _SPLITS for place in getattr(last, split).places))
 
     # ---- inside
     def _rows(self, split: str, places: array[int], index: int, labels: Sequence[str] | None = None) -> SpooledRows:
