@@ -6,6 +6,7 @@ for a tiny host, or where it cannot run alone.
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from perdure.learner import Learner
 from perdure.processors import ByteTokenizer, ImageProcessor
 from perdure.streams import Experience
 
+MATRIX: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("matrix.json").read_text())
+"""Method -> host -> "runs", or "refused: " and the reason."""
 HOSTS = ("bert", "vit", "gpt2", "llama")
 OBJECTIVE = {"bert": "classification", "vit": "classification", "gpt2": "causal_lm", "llama": "causal_lm"}
 
@@ -165,6 +168,10 @@ def all_specs() -> dict[str, Any]:
     from perdure.registry import METHODS
 
     return {name: SETTINGS.get(name, name) for name in METHODS.names()} | VARIANTS
+
+
+def runs(method: str, host: str) -> bool:
+    return MATRIX.get(method, {}).get(host) == "runs"
 
 
 def without_dropout(spec: Any) -> Any:

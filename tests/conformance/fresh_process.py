@@ -1,4 +1,4 @@
-"""Loads what another process saved and writes its logits: `python -m tests.conformance.fresh_process FOLDER`."""
+"""Loads what another process saved and writes its logits: `python -m tests.conformance.fresh_process HOST FOLDER`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from . import cases
 
 
 def main() -> None:
-    found = {}
-    for folder in sorted(Path(sys.argv[1]).iterdir()):
-        host = folder.name.split("@")[1]
-        learner = Learner.from_pretrained(folder, *cases.build_host(host))
-        found[folder.name] = cases.outputs(learner, cases.experiences(host, 10, rows=6))
-    save_file(found, Path(sys.argv[1]) / "logits.safetensors")
+    host, folder = sys.argv[1], Path(sys.argv[2])
+    found, made = {}, cases.experiences(host, 10, rows=6)
+    for kept in sorted(folder.iterdir()):
+        learner = Learner.from_pretrained(kept, *cases.build_host(host))
+        found[kept.name] = cases.outputs(learner, made)
+    save_file(found, folder / "logits.safetensors")
 
 
 if __name__ == "__main__":

@@ -17,19 +17,23 @@ from safetensors.torch import save_file
 from . import cases
 
 GLOBAL_BATCH, ROWS = 4, 7
+SPECS = cases.all_specs()
 CASES: dict[str, tuple[str, Any]] = {
-    f"{name}/bert": ("bert", spec) for name, spec in cases.all_specs().items() if name not in cases.NEEDS_OWN_HEAD
-} | {f"{name}/gpt2": ("gpt2", cases.all_specs()[name]) for name in ("finetune", "moram", "moram+er")}
-CASES["moram+ridge/bert"] = ("bert", cases.all_specs()["moram"])
+    f"{name}/bert": ("bert", SPECS[name]) for name in SPECS if cases.runs(name, "bert")
+}
+CASES |= {f"{name}/gpt2": ("gpt2", SPECS[name]) for name in ("finetune", "moram", "moram+er")}
+CASES |= {f"{name}/{host}": (host, SPECS[name]) for host in ("vit", "llama") for name in ("finetune", "moram")}
+CASES |= {f"{name} adamw/bert": ("bert", SPECS[name]) for name in ("finetune", "moram-protected")}
+CASES["moram+ridge/bert"] = ("bert", SPECS["moram"])
 
 
 def learn(name: str, processes: int) -> dict[str, Any]:
     host, spec = CASES[name]
     made = cases.experiences(host, 2, rows=ROWS)
     head = {"ridge": {"features": 16}} if "ridge" in name else None
+    optimizer = {"optimizer": "adamw"} if "adamw" in name else {"optimizer": "sgd", "learning_rate": 0.02}
     learner = cases.build_learner(
-        host, cases.without_dropout(spec), dtype=torch.float64, head=head, optimizer="sgd", learning_rate=0.02,
-        epochs=1,
+        host, cases.without_dropout(spec), dtype=torch.float64, head=head, epochs=1, **optimizer,
         per_device_train_batch_size=GLOBAL_BATCH // processes, logging_steps=1,
     )  # fmt: skip
     assert learner.accelerator.num_processes == processes, learner.accelerator.num_processes
