@@ -34,6 +34,7 @@ speed: install
 
 docs: install
 	$(BIN)/python -m perdure.evaluation.ledger docs/results.md results/ledger.jsonl
+	$(BIN)/python -m perdure.results results/ledger.jsonl
 
 clean:
 	rm -rf $(VENV) runs build dist src/*.egg-info

@@ -243,14 +243,19 @@ def undo(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A method or a head, for its details.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A method, head or preset, in detail.")] = None,
     imports: Imports = None,
 ) -> None:
     """Lists methods and heads, or explains one."""
     _import(imports)
     if name is not None:
+        from .presets import PRESETS
         from .registry import HEADS, METHODS
 
+        if name in PRESETS:
+            preset = PRESETS[name]
+            typer.echo(f"{name}: {preset.title}\n\n{preset.details}\n\nsettings: {preset.settings}")
+            return
         known = HEADS if name in HEADS.names() and name not in METHODS.names() else METHODS
         _explain(known.get(name))
         return
@@ -258,6 +263,7 @@ def methods(
 
 
 def _list_methods() -> None:
+    from .presets import PRESETS
     from .registry import HEADS, METHODS
 
     aliases = {value: key for key, value in METHODS.aliases.items()}
@@ -269,6 +275,8 @@ def _list_methods() -> None:
     typer.echo("")
     heads = [(each["name"], each["title"], "yes" if each["closed_form"] else "no") for each in HEADS.listing()]
     _columns(("head", "what it is", "closed form"), heads)
+    typer.echo("")
+    _columns(("preset", "methods and head under one name"), [(name, each.title) for name, each in PRESETS.items()])
 
 
 def _columns(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
@@ -291,6 +299,12 @@ def _explain(cls: Any) -> None:
         )
     else:
         typer.echo(f"closed form: {'yes' if cls.closed_form else 'no'}")
+    from .results import lines_of
+
+    known = lines_of(cls.name)
+    typer.echo("\nresults, rivals beside them in docs/results.md:" if known else "\nresults: none in the ledger")
+    for line in known:
+        typer.echo(f"  {line}")
     typer.echo("\nsettings:")
     fields, told = cls.Config.model_fields, field_words(cls.Config)
     if not fields:

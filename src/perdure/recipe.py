@@ -19,6 +19,7 @@ from . import yamltext
 from .config import ProtocolConfig, Strict, TrainingConfig
 from .errors import BadInput
 from .models import ModelSource
+from .presets import PRESETS
 from .protocol import check_granted, check_list
 from .recipe_layers import BLOCKS, DEFAULTS, apply_arm, head_name, holds, mark, set_value, split_override
 from .registry import METHODS, OBJECTIVES
@@ -232,6 +233,10 @@ def _resolve(
         chosen = [value for path, value in typed if path == ["method"] and isinstance(value, str)]
         if chosen:
             arm = chosen[-1]
+    if arm is None and isinstance(data.get("method"), str) and data["method"] in PRESETS:
+        arm = data["method"]
+        if data.get("head") is not None:
+            raise BadInput(f"head: the preset {arm} brings its own; remove head, or write the methods out")
     if arm is not None:
         typed = [(path, value) for path, value in typed if not (path == ["method"] and isinstance(value, str))]
         data["arm"] = apply_arm(data, sources, arms, arm)

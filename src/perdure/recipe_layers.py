@@ -8,6 +8,7 @@ from typing import Any
 
 from . import yamltext
 from .errors import BadInput
+from .presets import PRESETS
 from .registry import HEADS, METHODS, OBJECTIVES, Registry
 
 BLOCKS: dict[str, Registry] = {"method": METHODS, "head": HEADS, "objective": OBJECTIVES}
@@ -38,6 +39,8 @@ def _arm_settings(arms: dict[str, Any], name: str) -> tuple[dict[str, Any], str]
             return copy.deepcopy(settings or {}), candidate
     if _canonical(name) in METHODS.names():
         return {"method": _canonical(name)}, _canonical(name)
+    if name in PRESETS:
+        return copy.deepcopy(PRESETS[name].settings), name
     return None
 
 
@@ -52,7 +55,7 @@ def apply_arm(data: dict[str, Any], sources: dict[str, str], arms: dict[str, Any
             found[0]["head"] = head
             found = found[0], name
     if found is None:
-        known = sorted({*arms, *METHODS.names()})
+        known = sorted({*arms, *METHODS.names(), *PRESETS})
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
         raise BadInput(f"method: {name!r} is neither an arm of the recipe nor a method; {hint}")

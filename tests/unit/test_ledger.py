@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from perdure import results
 from perdure.errors import BadInput
 from perdure.evaluation import ledger
 from perdure.evaluation.compare import build_comparison
@@ -139,6 +140,11 @@ def test_the_ledger_of_the_project_is_valid_and_its_page_is_made_from_it():
     rows = ledger.read(ROOT / "results" / "ledger.jsonl")
     assert rows
     assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == ledger.markdown(rows), "run `make docs`"
+    kept = json.loads(results.EXTRACT.read_text(encoding="utf-8"))
+    assert kept == results.extract(rows) and kept, "run `make docs`"
+    lines = results.lines_of("moram")
+    assert any(line.startswith("stdlib, moram: average ") for line in lines) and results.lines_of("ridge")
+    assert not any("lora" in line for line in lines) and results.lines_of("no_such_method") == []
 
 
 def test_page(tmp_path, capsys):

@@ -127,6 +127,18 @@ def test_arms_with_another_head(path):
     assert "no_head" in refused(path, arm="er+no_head")
 
 
+def test_a_preset_brings_methods_and_head(path):
+    recipe = load_recipe(path, ["method=ranpac", "head.ridge.features=64"])
+    assert recipe.method[0]["lora"]["first_only"] is True and recipe.head["ridge"]["features"] == 64
+    assert recipe.label == "ranpac" and recipe.output_dir == "runs/mine/ranpac/seed-0"
+    assert recipe.training.learning_rate == 5e-4 and load_recipe(path, arm="ranpac").label == "ranpac"
+    own = yamltext.load(Path(path).read_text(), "mine") | {"method": "ranpac"}
+    assert "ridge" in make_recipe({key: value for key, value in own.items() if key != "head"}).head
+    with pytest.raises(BadInput, match="head: the preset ranpac brings its own"):
+        make_recipe(own | {"head": "cosine"})
+    assert "did you mean ranpac?" in refused(path, "method=ranpak")
+
+
 def test_lists_of_methods_and_settings_inside_them(path):
     recipe = load_recipe(
         path, ["method=[{lora: {rank: 4}}, {er: {budget: 10}}]", "method.lora.alpha=4", "method.er.per_step=2"]
