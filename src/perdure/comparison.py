@@ -11,9 +11,9 @@ from typing import Any
 
 from .config import ProtocolConfig, TrainingConfig
 from .errors import BadInput, ForgotTooMuch, PerdureError
-from .recipe import BLOCKS, Recipe, holds, run_folder, safe, source_of
+from .recipe import BLOCKS, PAGE_FILE, RECIPE_FILE, REPORT_FILE, Recipe, holds, run_folder, safe, source_of
 
-COMPARISON_FILE, PAGE_FILE, REPORT_FILE, RECIPE_FILE = "comparison.json", "report.html", "report.json", "recipe.yaml"
+COMPARISON_FILE = "comparison.json"
 
 
 def plan(

@@ -28,6 +28,8 @@ from .streams import StreamConfig
 RECIPES = Path(__file__).parent / "recipes"
 LABELS = ("name", "description", "arm", "arms", "tuning", "output_dir")
 """Keys that do not change what a run computes."""
+RECIPE_FILE, REPORT_FILE, PAGE_FILE = "recipe.yaml", "report.json", "report.html"
+"""In the folder of a run; of a comparison the page too."""
 MOST_BYTES = 200
 """Of a folder's name; file systems take 255, and temporary names are longer."""
 

@@ -11,12 +11,11 @@ from typing import Any
 from . import yamltext
 from .errors import BadInput, PerdureError
 from .progress import Progress
-from .recipe import Recipe, identity, load_recipe, recipe_hash
+from .recipe import PAGE_FILE, RECIPE_FILE, REPORT_FILE, Recipe, identity, load_recipe, recipe_hash
 from .state import RunLock, StateStore, StateWarning, files, truncate
 from .streams import PathSource, StreamConfig, build_stream
 from .streams.sources_named import full_name
 
-RECIPE_FILE, REPORT_FILE, PAGE_FILE = "recipe.yaml", "report.json", "report.html"
 STATE_FOLDER, LOSSES_FILE, LOCK_FILE = "state", "losses.jsonl", ".lock"
 
 
