@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainingConfig
+from .optim_rows import RowAdamW, RowSGD
 from .state import load_optimizer_state, optimizer_state
 
 
@@ -29,7 +30,8 @@ class Optimization:
 
     Args:
         training: rates, optimizer and clipping.
-        groups: dicts with `params` as (name, Parameter) pairs and `lr`; `weight_decay` where it differs.
+        groups: dicts with `params` as (name, Parameter) pairs and `lr`; `weight_decay` where it differs. With
+            `rows` true a row without a gradient stands still (see `optim_rows`).
         keep: an earlier one whose moments are taken over for parameters that live on, and for the old rows of heads
             that grew. New atoms of a bank have the name of those before them and start fresh.
     """
@@ -38,14 +40,17 @@ class Optimization:
         self.training = training
         self.named: list[tuple[str, nn.Parameter]] = [pair for group in groups for pair in group["params"]]
         plain = [{**group, "params": [p for _, p in group["params"]], "base_lr": group["lr"]} for group in groups]
+        by_rows = any(group.get("rows") for group in groups)
         if training.optimizer == "adamw":
             # One kernel for the whole step: a quarter of the time of a loop over the parameters for a whole MiniLM.
             fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for _, p in self.named)
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            kind = RowAdamW if by_rows else torch.optim.AdamW
+            self.optimizer: torch.optim.Optimizer = kind(
                 plain, betas=(training.adam_beta1, training.adam_beta2), weight_decay=training.weight_decay, fused=fused
             )
         else:
-            self.optimizer = torch.optim.SGD(plain, lr=training.learning_rate, weight_decay=training.weight_decay)
+            kind = RowSGD if by_rows else torch.optim.SGD
+            self.optimizer = kind(plain, lr=training.learning_rate, weight_decay=training.weight_decay)
         if keep is not None:
             self._take_over(keep)
 

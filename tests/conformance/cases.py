@@ -20,10 +20,12 @@ from perdure.streams import Experience
 HOSTS = ("bert", "vit", "gpt2", "llama")
 OBJECTIVE = {"bert": "classification", "vit": "classification", "gpt2": "causal_lm", "llama": "causal_lm"}
 
+PATCHES = {"patches": 6, "top_k": 2, "rank": 3}
 # method name -> what the battery runs instead of its defaults
 SETTINGS: dict[str, Any] = {
     "lora": {"lora": {"rank": 2, "dropout": 0.1}},
     "moram": {"moram": {"rank": 2, "top_k": 2, "dropout": 0.1}},
+    "apn": {"apn": {**PATCHES, "dropout": 0.1}},
     "er": {"er": {"budget": 12, "per_step": 4}},
     "joint": [{"lora": {"rank": 2}}, "joint"],
 }
@@ -34,6 +36,9 @@ VARIANTS: dict[str, Any] = {
     "moram-protected": {"moram": {"rank": 2, "top_k": 2, "protect": {"inputs": 0.5}}},
     "lora-protected": {"lora": {"rank": 2, "protect": {"inputs": 0.5}}},
     "moram+er": [{"moram": {"rank": 2, "top_k": 2}}, {"er": {"budget": 12, "per_step": 4}}],
+    "apn-in-place": {"apn": {**PATCHES, "place": "replace", "train": "patches+prototypes", "pretrain": {}}},
+    "apn-everything": {"apn": {**PATCHES, "train": "all", "row_wise": False}},
+    "lora-pretrained": {"lora": {"rank": 2, "pretrain": {"weight_decay": 0.1}}},
     "moram-growing": {"moram": {"rank": 2, "top_k": 2, "dropout": 0.1, "grow_every": 3}},  # without boundaries
 }
 
