@@ -19,7 +19,7 @@ from . import cases
 GLOBAL_BATCH, ROWS = 4, 7
 CASES: dict[str, tuple[str, Any]] = {
     f"{name}/bert": ("bert", spec) for name, spec in cases.all_specs().items() if name not in cases.NEEDS_OWN_HEAD
-} | {f"{name}/gpt2": ("gpt2", cases.all_specs()[name]) for name in ("finetune", "moram", "moram+er")}
+} | {f"{name}/gpt2": ("gpt2", cases.all_specs()[name]) for name in ("finetune", "moram", "moram+er", "apn")}
 CASES["moram+ridge/bert"] = ("bert", cases.all_specs()["moram"])
 
 

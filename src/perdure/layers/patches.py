@@ -16,10 +16,10 @@ INIT_STD = 0.02
 
 
 class PatchLayer(nn.Module):
-    """y = Dropout(γ Σ_{i in top-k} w_i U_i (u ⊙ σ(a_i ⊙ u + b_i))), u = Vᵀ z, w = softmax of the k best cos(z, p_i) / τ.
+    """y = Dropout(γ Σ_{i in top-k} w_i U_i (u ⊙ σ(a_i ⊙ u + b_i))) with u = Vᵀ z.
 
-    The layer of Attractor Patch Networks as the author released it. Routing is reported under `site`; the forward pass
-    writes nothing.
+    The layer of Attractor Patch Networks as the author released it; w is the softmax of the k best cos(z, p_i) / τ.
+    Routing is reported under `site`; the forward pass writes nothing.
 
     Args:
         width: C, features of z. out_width: features of y, C where absent.

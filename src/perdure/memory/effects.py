@@ -203,7 +203,9 @@ def _dense_patches(u: Tensor, w: Tensor, top: Tensor, a: Tensor, b: Tensor, deco
 
 
 def _grouped_patches(u: Tensor, w: Tensor, top: Tensor, a: Tensor, b: Tensor, decoders: Tensor) -> Tensor:
-    (tokens, k), size = top.shape, decoders.shape[0]
+    (tokens, k), (size, width, _) = top.shape, decoders.shape
+    if not tokens:
+        return u[:, :1].expand(0, width)
     each = u.unsqueeze(1)
     phi = each * torch.sigmoid(a[top] * each + b[top]) * w.unsqueeze(-1)  # [n, k, r]
     slots = top.reshape(-1)
@@ -212,11 +214,9 @@ def _grouped_patches(u: Tensor, w: Tensor, top: Tensor, a: Tensor, b: Tensor, de
     parts = phi.flatten(0, 1).index_select(0, order).split(counts)
     # unbind, not indexing: its backward writes each patch's gradient once, where an index would write all K each time.
     written = [part @ each.t() for part, each in zip(parts, decoders.unbind(0), strict=True) if part.shape[0]]
-    if not written:
-        return u.new_zeros(tokens, decoders.shape[1])
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
-    return torch.cat(written).index_select(0, back).reshape(tokens, k, -1).sum(1)
+    return torch.cat(written).index_select(0, back).reshape(tokens, k, width).sum(1)
 
 
 def _check_patches(

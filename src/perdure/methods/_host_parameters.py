@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..config import PretrainConfig
-    from ..services import Services
 
 Named = Sequence[tuple[str, "nn.Parameter"]]
 
@@ -52,21 +51,6 @@ class HostParameters:
 def float_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters of a model that can train; what other methods put in is not among them."""
     return [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and "perdure" not in name]
-
-
-def is_pretraining(config: PretrainConfig | None, loop: Services, field: str) -> bool:
-    """Whether the current experience is the one that pretrains.
-
-    Raises:
-        BadInput: it should, but the protocol does not tell where the first experience ends.
-    """
-    if config is None:
-        return False
-    if not loop.knows_boundaries:
-        from ..errors import BadInput
-
-        raise BadInput(f"{field}: needs boundaries (protocol.boundaries: train); remove it")
-    return loop.experiences_learnt == 0
 
 
 def pretraining_groups(config: PretrainConfig, named: Named) -> list[dict[str, Any]]:

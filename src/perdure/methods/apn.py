@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from ..config import MethodConfig, PretrainConfig
-from ._host_parameters import HostParameters, float_parameters, is_pretraining, pretraining_groups
+from ._host_parameters import HostParameters, float_parameters, pretraining_groups
 from ._method import Method, register
 
 if TYPE_CHECKING:
@@ -140,14 +140,13 @@ class APN(Method):
     # ---- what trains
     def parameter_groups(self) -> list[dict[str, Any]]:
         config = self.config
-        pretrains = is_pretraining(config.pretrain, self.loop, "method.apn.pretrain")
-        if pretrains and config.place == "beside":
+        if self.pretrains and config.place == "beside":
             return pretraining_groups(config.pretrain, self._host.named)
-        everything = pretrains or config.train == "all"
+        everything = self.pretrains or config.train == "all"
         by_row = _PATCH if config.train == "patches" and not everything else ("prototypes", *_PATCH)
         patches = {"params": self._named(*by_row), "rows": config.row_wise}
         shared = self._named("code") if config.train_code or everything else []
-        if not pretrains:
+        if not self.pretrains:
             return [patches, {"params": shared + (self._host.named if everything else [])}]
         groups = pretraining_groups(config.pretrain, shared + self._host.named)
         return [{**groups[0], **patches}, *groups]

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from ..config import MethodConfig, PretrainConfig
 from ..errors import BadInput
-from ._host_parameters import HostParameters, float_parameters, is_pretraining, pretraining_groups
+from ._host_parameters import HostParameters, float_parameters, pretraining_groups
 from ._method import Method, register
 
 if TYPE_CHECKING:
@@ -60,9 +60,8 @@ class FineTune(Method):
         self._host.restore()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        pretrain = self.config.pretrain
-        if is_pretraining(pretrain, self.loop, "method.finetune.pretrain"):
-            return pretraining_groups(pretrain, self._host.named)
+        if self.pretrains:
+            return pretraining_groups(self.config.pretrain, self._host.named)
         return [{"params": list(self._named)}]
 
     def touched(self) -> list[tuple[str, nn.Parameter]]:

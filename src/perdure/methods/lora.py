@@ -28,7 +28,7 @@ from pydantic import Field, model_validator
 
 from ..config import MethodConfig, PretrainConfig, ProtectConfig
 from ..errors import BadInput
-from ._host_parameters import HostParameters, float_parameters, is_pretraining, pretraining_groups
+from ._host_parameters import HostParameters, float_parameters, pretraining_groups
 from ._method import Method, register
 from ._protection import InputProtection
 
@@ -162,7 +162,7 @@ class LoRA(Method):
     def parameter_groups(self) -> list[dict[str, Any]]:
         if self.config.first_only and self.loop.experiences_learnt > 0:
             return []
-        if is_pretraining(self.config.pretrain, self.loop, "method.lora.pretrain"):
+        if self.pretrains:
             return pretraining_groups(self.config.pretrain, self._pretrained.named)
         return [{"params": self._named(self._adapters[-1:])}]
 
@@ -175,7 +175,7 @@ class LoRA(Method):
         return {by_path[path]: layer.lora_A[newest].weight for path, layer in self._layers.items()}
 
     def before_experience(self, experience: Experience) -> None:
-        asked = [name for name in ("first_only", "grow", "protect", "pretrain") if getattr(self.config, name)]
+        asked = [name for name in ("first_only", "grow", "protect") if getattr(self.config, name)]
         if asked and not self.loop.knows_boundaries:
             raise BadInput(f"method.lora.{asked[0]}: needs boundaries (protocol.boundaries: train); remove it")
         if self._grows and self.loop.experiences_learnt > (self.config.pretrain is not None):
