@@ -77,6 +77,15 @@ MOST_RATE = 1e30
 """Beyond it a step is no float32 number."""
 
 
+class PretrainConfig(Strict):
+    """The first experience trains the whole model; what the method trains otherwise waits for the second."""
+
+    learning_rate: float | None = Field(None, gt=0, le=MOST_RATE)
+    """Peak rate of that experience; `training.learning_rate` when absent."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Of that experience, on matrices alone."""
+
+
 class TrainingConfig(Strict):
     """How the loop trains; names as in the Hugging Face Trainer where the meaning is the same."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .config import TrainingConfig
 from .errors import BadInput
+from .optim_rows import RowAdamW, RowSGD
 from .state import load_optimizer_state, optimizer_state
 
 
@@ -26,8 +27,8 @@ def rate_factor(training: TrainingConfig, step: int, total: int) -> float:
 
 
 OPTIONS = {
-    "adamw": frozenset({"params", "lr", "weight_decay", "betas", "eps", "amsgrad"}),
-    "sgd": frozenset({"params", "lr", "weight_decay", "momentum", "dampening", "nesterov"}),
+    "adamw": frozenset({"params", "lr", "weight_decay", "betas", "eps", "rows"}),
+    "sgd": frozenset({"params", "lr", "weight_decay", "momentum", "dampening", "nesterov", "rows"}),
 }
 """Optimizer -> what a group may say; the rest is the training's."""
 
@@ -38,7 +39,8 @@ class Optimization:
     Args:
         training: rates, optimizer and clipping.
         groups: dicts with `params` as (name, Parameter) pairs and `lr`; `weight_decay`, `optimizer` ("adamw", "sgd")
-            and that optimizer's own options where they differ from the training's.
+            and that optimizer's own options where they differ from the training's. With `rows` true a row without a
+            gradient stands still (see `optim_rows`).
         keep: an earlier one whose moments are taken over for parameters that live on, and for the old rows of heads
             that grew. New atoms of a bank have the name of those before them and start fresh.
 
@@ -58,13 +60,15 @@ class Optimization:
             self._take_over(keep)
 
     def _build(self, kind: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        training = self.training
+        training, by_rows = self.training, any(group.get("rows") for group in groups)
         if kind == "sgd":
-            return torch.optim.SGD(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
+            sgd = RowSGD if by_rows else torch.optim.SGD
+            return sgd(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
         # One kernel for the whole step: a quarter of the time of a loop over the parameters for a whole MiniLM.
         every = [parameter for group in groups for parameter in group["params"]]
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in every)
-        return torch.optim.AdamW(
+        adamw = RowAdamW if by_rows else torch.optim.AdamW
+        return adamw(
             groups, betas=(training.adam_beta1, training.adam_beta2), weight_decay=training.weight_decay, fused=fused
         )
 
@@ -140,6 +144,8 @@ def _plain(kind: str, group: dict[str, Any]) -> dict[str, Any]:
         raise BadInput(
             f"parameter group: {kind} has no option {', '.join(unknown)}; it has {', '.join(sorted(OPTIONS[kind]))}"
         )
+    if group.get("rows") and group.get("momentum"):
+        raise BadInput("parameter group: rows and momentum do not go together; use adamw, or leave one out")
     return {**group, "params": [parameter for _, parameter in group["params"]], "base_lr": group["lr"]}
 
 

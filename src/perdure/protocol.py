@@ -19,6 +19,9 @@ def check_list(methods: Sequence[Method]) -> None:
         owners = [method.name for method in methods if getattr(method, what) is not None]
         if len(owners) > 1:
             raise BadInput(f"method: {' and '.join(owners)} both own the {what}; keep one of them")
+    pretrain = [method.name for method in methods if getattr(method.config, "pretrain", None) is not None]
+    if len(pretrain) > 1:
+        raise BadInput(f"method: {' and '.join(pretrain)} both pretrain the host; say it at one of them")
 
 
 def check_granted(methods: Sequence[Method], protocol: ProtocolConfig, training: TrainingConfig) -> None:
@@ -38,6 +41,11 @@ def check_granted(methods: Sequence[Method], protocol: ProtocolConfig, training:
             raise ProtocolRefused(f"protocol.task_id: is none, but {method.name} needs it; set it to train or test")
         if {"boundaries", "old_model", "all_data"} & method.needs and protocol.boundaries == "none":
             raise ProtocolRefused(f"protocol.boundaries: is none, but {method.name} needs them; set it to train")
+        if getattr(method.config, "pretrain", None) is not None and protocol.boundaries == "none":
+            raise ProtocolRefused(
+                f"protocol.boundaries: is none, but method.{method.name}.pretrain must know where the first experience "
+                "ends; set it to train or remove pretrain"
+            )
         wanted = method.requires_rehearsal()
         if wanted > protocol.rehearsal:
             raise ProtocolRefused(

@@ -250,7 +250,7 @@ class Run:
 
     def _on_step(self, learner: Any, losses: dict[str, float]) -> None:
         position = learner.position
-        if losses or position.step == 1:
+        if (losses or position.step == 1) and not any(method.pretrains for method in learner.methods):
             self.trainable = max(self.trainable, learner.trainable_parameters())
         self.progress.step(position.step, learner.steps_planned, f"loss {losses['loss']:.3f}" if losses else None)
         if losses:

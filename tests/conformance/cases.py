@@ -23,10 +23,12 @@ MATRIX: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("matrix.
 HOSTS = ("bert", "vit", "gpt2", "llama")
 OBJECTIVE = {"bert": "classification", "vit": "classification", "gpt2": "causal_lm", "llama": "causal_lm"}
 
+PATCHES = {"patches": 6, "top_k": 2, "rank": 3}
 # method name -> what the battery runs instead of its defaults
 SETTINGS: dict[str, Any] = {
     "lora": {"lora": {"rank": 2, "dropout": 0.1}},
     "moram": {"moram": {"rank": 2, "top_k": 2, "dropout": 0.1}},
+    "apn": {"apn": {**PATCHES, "dropout": 0.1}},
     "er": {"er": {"budget": 12, "per_step": 4}},
     "joint": [{"lora": {"rank": 2}}, "joint"],
 }
@@ -37,6 +39,9 @@ VARIANTS: dict[str, Any] = {
     "moram-protected": {"moram": {"rank": 2, "top_k": 2, "protect": {"inputs": 0.5}}},
     "lora-protected": {"lora": {"rank": 2, "protect": {"inputs": 0.5}}},
     "moram+er": [{"moram": {"rank": 2, "top_k": 2}}, {"er": {"budget": 12, "per_step": 4}}],
+    "apn-in-place": {"apn": {**PATCHES, "place": "replace", "train": "patches+prototypes", "pretrain": {}}},
+    "apn-everything": {"apn": {**PATCHES, "train": "all", "row_wise": False}},
+    "lora-pretrained": {"lora": {"rank": 2, "pretrain": {"weight_decay": 0.1}}},
     "moram-growing": {"moram": {"rank": 2, "top_k": 2, "dropout": 0.1, "grow_every": 3}},  # without boundaries
 }
 
@@ -157,10 +162,6 @@ def outputs(learner: Learner, made: list[Experience]) -> torch.Tensor:
                 assert logits is not None
                 parts.append(logits.double().flatten())
     return torch.cat(parts)
-
-
-# methods that need an objective with the model's own head
-NEEDS_OWN_HEAD = ("frozen",)
 
 
 def all_specs() -> dict[str, Any]:

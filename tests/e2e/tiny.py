@@ -15,6 +15,7 @@ from perdure.state import StateStore
 WORDS = ["ash", "birch", "cedar", "elm", "fir", "oak", "pine", "yew"]
 MODEL = {"scratch": {"family": "bert", "layers": 1, "width": 16, "heads": 2, "ffn_width": 32, "max_length": 32}}
 MORAM = {"rank": 2, "top_k": 2, "targets": "attention", "dropout": 0.1}
+APN = {"patches": 6, "top_k": 2, "rank": 3}
 # name -> (method, head); those that end in -lm learn language under a change of domain, those in -growing are not told
 # where an experience begins
 ARMS: dict[str, tuple[Any, Any]] = {
@@ -29,6 +30,8 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "moram-growing": ({"moram": {**MORAM, "grow_every": 4}}, "cosine"),
     "moram-protected+ridge": ({"moram": {**MORAM, "protect": {"inputs": 0.5}}}, {"ridge": {"features": 32}}),
     "moram+er": ([{"moram": MORAM}, {"er": {"budget": 9, "per_step": 3}}], "cosine"),
+    "apn": ({"apn": {**APN, "dropout": 0.1}}, "cosine"),
+    "apn-lm": ({"apn": {**APN, "place": "replace", "pretrain": {"learning_rate": 5e-3}}}, None),
     "frozen-lm": ("frozen", None),
     "moram-lm": ({"moram": MORAM}, None),
 }

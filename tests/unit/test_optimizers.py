@@ -102,6 +102,7 @@ def test_moments_live_on_when_the_groups_are_built_again() -> None:
         ({"optimizer": "lion"}, "no optimizer 'lion'; choose adamw or sgd"),
         ({"optimizer": "sgd", "betas": (0.9, 0.9)}, "sgd has no option betas; it has .*momentum"),
         ({"momentum": 0.9}, "adamw has no option momentum"),
+        ({"optimizer": "sgd", "momentum": 0.9, "rows": True}, "rows and momentum do not go together"),
     ],
 )
 def test_what_does_not_exist_is_refused(group: dict[str, Any], message: str) -> None:

@@ -1,6 +1,7 @@
 """Hosts: a user's own model, seen as linear maps with roles and as blocks."""
 
 from .blocks import Block, BlockAdapter, BlockFunction, Insertion, Rest
+from .feed_forward import FeedForward, Replacement
 from .host import Host
 from .roles import GROUPS, ROLES
 from .sites import Handle, Site
@@ -11,9 +12,11 @@ __all__ = [
     "Block",
     "BlockAdapter",
     "BlockFunction",
+    "FeedForward",
     "Handle",
     "Host",
     "Insertion",
+    "Replacement",
     "Rest",
     "Site",
 ]

@@ -12,8 +12,10 @@ from torch import nn
 
 from ..errors import BadInput
 from . import blocks as _blocks
+from . import feed_forward as _feed_forward
 from . import sites as _sites
 from .blocks import Block
+from .feed_forward import FeedForward
 from .roles import GROUPS, OTHER, PREFIX, ROLES, features, is_linear, roles_of
 from .sites import Site
 
@@ -184,6 +186,31 @@ class Host:
             raise BadInput(f"model: {type(self.model).__name__} has no list of blocks of one class; {self._found()}")
         return found
 
+    def feed_forwards(self, layers: Iterable[int] | None = None, tower: str | None = None) -> list[FeedForward]:
+        """The feed-forward of every block, first to last; `layers` and `tower` as in `sites`.
+
+        Raises:
+            BadInput: the model has no blocks, or a block's feed-forward is not one map in and one out.
+        """
+        numbers = None if layers is None else list(layers)
+        return [
+            _feed_forward.find(
+                self, block.path, f"{block.name}.ffn", block.layer, block.tower,
+                [site for site in self._sites if (site.tower, site.layer) == (block.tower, block.layer)],
+            )
+            for block in self.blocks(tower)
+            if numbers is None or block.layer in self._layers(numbers, block.tower)
+        ]  # fmt: skip
+
+    def take_away(self, sites: Sequence[Site]) -> None:
+        """Linear maps that are out of the model for now."""
+        gone = {site.name for site in sites}
+        self._sites = [site for site in self._sites if site.name not in gone]
+
+    def give_back(self, sites: Sequence[Site]) -> None:
+        """Linear maps that are in the model again."""
+        self._sites = _ordered([*self._sites, *sites])
+
     # ---- what perdure put in
     def attached(self) -> list[tuple[str, str]]:
         """(path of the module, name of the submodule) of everything that `Site.add` and `BlockAdapter` put in."""
@@ -323,5 +350,9 @@ def _named(drafts: list[dict[str, Any]]) -> list[Site]:
         name = draft["role"] if plain else relative
         name = name if draft["layer"] < 0 else f"{draft['layer']}.{name}"
         sites.append(Site(name=f"{draft['tower']}.{name}" if draft["tower"] else name, **draft))
+    return _ordered(sites)
+
+
+def _ordered(sites: list[Site]) -> list[Site]:
     rank = {role: number for number, role in enumerate((*ROLES, OTHER))}
     return sorted(sites, key=lambda s: (s.layer < 0, s.tower != "vision", s.tower, s.layer, rank[s.role]))

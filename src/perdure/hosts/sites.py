@@ -16,7 +16,13 @@ from .roles import PREFIX
 _KEY = re.compile(r"[A-Za-z0-9_]+")
 
 
-class _Add:
+class Hook:
+    """A hook of ours on a module of the host, found again by the name of its adapter."""
+
+    name: str
+
+
+class Add(Hook):
     """Forward hook: output[..., slice] + adapter(input).
 
     It holds names only and looks the adapter up in the module that it is called with, so that a deep copy of the host
@@ -62,10 +68,11 @@ class Handle:
 
 
 def strip(module: nn.Module, name: str) -> None:
-    """Removes the adapter `name` and its hook from one module."""
-    for number, hook in list(module._forward_hooks.items()):
-        if isinstance(hook, _Add) and hook.name == name:
-            del module._forward_hooks[number]
+    """Removes the adapter `name` and its hooks from one module."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for number, hook in list(hooks.items()):
+            if isinstance(hook, Hook) and hook.name == name:
+                del hooks[number]
     module._modules.pop(name, None)
 
 
@@ -118,7 +125,7 @@ class Site:
         if name in self.module._modules:
             raise BadInput(f"site {self.name!r}: an adapter with key {key!r} is there already; choose another key")
         self.module.add_module(name, adapter)
-        self.module.register_forward_hook(_Add(name, self.out_slice))
+        self.module.register_forward_hook(Add(name, self.out_slice))
         return Handle(self.module, name)
 
     @property

@@ -1,5 +1,6 @@
 """Modules that stand inside a host."""
 
 from .linear import LinearMemory
+from .patches import PatchLayer
 
-__all__ = ["LinearMemory"]
+__all__ = ["LinearMemory", "PatchLayer"]

@@ -1,7 +1,7 @@
 """Mathematics of routed memories on tensors. Imports torch alone."""
 
 from .bank import SHARED, AtomBank, AtomView
-from .effects import choose_path, read_atoms
+from .effects import choose_patch_path, choose_path, read_atoms, read_patches
 from .merging import MergeReport, merge_duplicates
 from .observe import Observation, RouterLog, Written, is_observed, observing, report, report_written
 from .protect import InputMoments, free_directions, leading_basis, project
@@ -17,6 +17,7 @@ __all__ = [
     "RouterLog",
     "Written",
     "Routing",
+    "choose_patch_path",
     "choose_path",
     "cosine",
     "dot",
@@ -29,6 +30,7 @@ __all__ = [
     "open_items",
     "project",
     "read_atoms",
+    "read_patches",
     "report",
     "report_written",
     "select",

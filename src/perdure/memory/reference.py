@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .routing import Routing, open_items, select_with_reserve, self_activation, weight
+from .routing import Routing, cosine, open_items, select, select_with_reserve, self_activation, weight
 
 
 def rank_one(
@@ -34,3 +34,23 @@ def rank_one(
     w_top = open_items(weight(s_top, tau), s_top, delta, renormalise)  # w = softmax(s / tau), closed below delta
     w = torch.zeros_like(s).scatter(-1, top, w_top)
     return (w * p) @ values, Routing(top, w_top, s_top, keys.shape[0])  # raw p, not s, multiplies the value
+
+
+def patches(
+    x: Tensor, prototypes: Tensor, code: Tensor, gate_scale: Tensor, gate_bias: Tensor, decoders: Tensor,
+    *, k: int, tau: float, gamma: float = 1.0,
+) -> tuple[Tensor, Routing]:  # fmt: skip
+    """APN: y = gamma sum_{i in top-k} w_i U_i (u * sigmoid(a_i * u + b_i)) with u = V^T x, each patch in full.
+
+    Args:
+        x: [..., C]. prototypes p: [K, C]. code V^T: [r, C]. gate_scale a, gate_bias b: [K, r]. decoders U: [K, D, r].
+    """
+    s = cosine(x, prototypes)
+    top = select(s, k)
+    s_top = s.gather(-1, top)
+    w_top = weight(s_top, tau)  # softmax(cos / tau) over the kept scores alone
+    w = torch.zeros_like(s).scatter(-1, top, w_top)
+    u = (x @ code.transpose(0, 1)).unsqueeze(-2)  # [..., 1, r], one code for all patches
+    phi = u * torch.sigmoid(gate_scale * u + gate_bias)  # [..., K, r]
+    written = torch.einsum("...kr,kdr->...kd", phi, decoders)
+    return gamma * (w.unsqueeze(-1) * written).sum(-2), Routing(top, w_top, s_top, prototypes.shape[0])

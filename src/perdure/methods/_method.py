@@ -93,6 +93,11 @@ class Method:
         """Host parameters that this method overwrites, whether or not they train right now."""
         return []
 
+    @property
+    def pretrains(self) -> bool:
+        """Whether the host as a whole trains now: in the first experience, where the setting `pretrain` is there."""
+        return getattr(self.config, "pretrain", None) is not None and self.loop.experiences_learnt <= 0
+
     def requires_rehearsal(self) -> int:
         """Samples of past experiences that this configuration stores at the most."""
         return 0

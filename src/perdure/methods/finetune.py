@@ -2,6 +2,7 @@
 
 Stored: the trained parameters. Cost per token: forward and backward of the whole host. Removal: only by rollback.
 The lower end of every comparison; with early stopping and a small rate it is a stronger rival than often shown.
+With `pretrain` the first experience trains the whole model at a rate of its own, whatever `parameters` says.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
-from ..config import MethodConfig
+from ..config import MethodConfig, PretrainConfig
 from ..errors import BadInput
+from ._host_parameters import HostParameters, float_parameters, pretraining_groups
 from ._method import Method, register
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ class FineTune(Method):
     class Config(MethodConfig):
         parameters: str = Field("")
         """Regular expression; only host parameters whose name it finds are trained. All when empty."""
+        pretrain: PretrainConfig | None = None
+        """Pretrain the whole model on the first experience."""
 
         @field_validator("parameters")
         @classmethod
@@ -46,34 +50,26 @@ class FineTune(Method):
         import re
 
         pattern = re.compile(self.config.parameters)
-        self._named: list[tuple[str, nn.Parameter]] = [
-            (name, p) for name, p in host.model.named_parameters() if p.is_floating_point() and pattern.search(name)
-        ]
+        every = float_parameters(host.model)
+        self._named: list[tuple[str, nn.Parameter]] = [pair for pair in every if pattern.search(pair[0])]
         if not self._named:
             raise BadInput(f"method.finetune.parameters: {self.config.parameters!r} matches no parameter of the model")
-        # Full fine-tuning overwrites the user's weights: the originals are kept so that detach gives them back.
-        self._original = [p.detach().clone() for _, p in self._named]
+        self._host = HostParameters(self._named if self.config.pretrain is None else every)
 
     def detach(self, host: Host) -> None:
-        import torch
-
-        with torch.no_grad():
-            for (_, parameter), original in zip(self._named, self._original, strict=True):
-                parameter.copy_(original)
+        self._host.restore()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
+        if self.pretrains:
+            return pretraining_groups(self.config.pretrain, self._host.named)
         return [{"params": list(self._named)}]
 
     def touched(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self._named)
+        return list(self._host.named)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {f"host/{name}": p.detach() for name, p in self._named}, {"values": self.values}
+        return self._host.state_dict(), {"values": self.values}
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        import torch
-
-        with torch.no_grad():
-            for name, parameter in self._named:
-                parameter.copy_(tensors[f"host/{name}"])
+        self._host.load_state_dict(tensors)
         self.values = dict(values["values"])

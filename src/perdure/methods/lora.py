@@ -13,7 +13,8 @@ With `grow`, every experience gets an A and a B of its own and the old ones stan
 y = W0 x + Σ_t (alpha / r) B_t A_t x.
 `protect` implies it and confines the rows of the new A to the null space of old layer inputs after every update: the
 control for MoRAM with protected keys, projection without routing. With `first_only` the adapter learns the first
-experience and then stands still, which with the ridge head is the shape of RanPAC's first-session adaptation.
+experience and then stands still, which with the ridge head is the shape of RanPAC's first-session adaptation. With
+`pretrain` the first experience trains the host's own parameters instead, and the adapter waits for the second.
 
 Stored: A and B of every adapted layer (with `protect` also second moments of layer inputs). Cost per token and layer:
 r (d_in + d_out) multiply-adds. Removal: rollback; the adapter has no single owner.
@@ -25,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from ..config import MethodConfig, ProtectConfig
+from ..config import MethodConfig, PretrainConfig, ProtectConfig
 from ..errors import BadInput
+from ._host_parameters import HostParameters, float_parameters, pretraining_groups
 from ._method import Method, register
 from ._protection import InputProtection
 
@@ -54,12 +56,16 @@ class LoRA(Method):
         """A new A and B for every experience, the old ones frozen."""
         protect: ProtectConfig | None = None
         """Confine new down-projections to the null space of old layer inputs; implies `grow`."""
+        pretrain: PretrainConfig | None = None
+        """Pretrain the whole model on the first experience; the adapter waits for the second."""
 
         @model_validator(mode="after")
         def _one_plan(self) -> LoRA.Config:
             if self.first_only and (self.grow or self.protect):
                 other = "grow" if self.grow else "protect"
                 raise ValueError(f"first_only trains one experience, {other} adds an adapter for each; keep one")
+            if self.first_only and self.pretrain:
+                raise ValueError("first_only trains the adapter on the experience that pretrain gives to the model")
             return self
 
     adapts = True
@@ -70,6 +76,7 @@ class LoRA(Method):
         self._host = host
         self._sites = host.sites(config.targets, layers=config.layers)
         self._refuse(host)
+        self._pretrained = HostParameters(float_parameters(host.model) if config.pretrain else [])
         self._trained = [(p, p.requires_grad) for p in host.model.parameters()]  # PEFT freezes the host
         modules = {site.path: site.module for site in self._sites}
         self._originals: list[tuple[nn.Module, str, nn.Module]] = []
@@ -138,6 +145,7 @@ class LoRA(Method):
     def detach(self, host: Host) -> None:
         for parent, leaf, module in self._originals:
             setattr(parent, leaf, module)
+        self._pretrained.restore()
         for parameter, trained in self._trained:
             parameter.requires_grad_(trained)
 
@@ -154,7 +162,12 @@ class LoRA(Method):
     def parameter_groups(self) -> list[dict[str, Any]]:
         if self.config.first_only and self.loop.experiences_learnt > 0:
             return []
+        if self.pretrains:
+            return pretraining_groups(self.config.pretrain, self._pretrained.named)
         return [{"params": self._named(self._adapters[-1:])}]
+
+    def touched(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self._pretrained.named)
 
     def _downs(self) -> dict[str, nn.Parameter]:
         by_path = {site.path: site.name for site in self._sites}
@@ -165,7 +178,7 @@ class LoRA(Method):
         asked = [name for name in ("first_only", "grow", "protect") if getattr(self.config, name)]
         if asked and not self.loop.knows_boundaries:
             raise BadInput(f"method.lora.{asked[0]}: needs boundaries (protocol.boundaries: train); remove it")
-        if self._grows and self.loop.experiences_learnt > 0:
+        if self._grows and self.loop.experiences_learnt > (self.config.pretrain is not None):
             for _, parameter in self._named():
                 parameter.requires_grad_(False)
             self._add_adapter()
@@ -182,6 +195,7 @@ class LoRA(Method):
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = super().state_dict()
+        tensors |= self._pretrained.state_dict()
         return tensors | {name: p.detach() for name, p in self._named()}, values | {"adapters": len(self._adapters)}
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -195,6 +209,7 @@ class LoRA(Method):
             for layer in self._layers.values():
                 layer.set_adapter(self._adapters)
                 layer.delete_adapter(newest)
+        self._pretrained.load_state_dict(tensors)
         with torch.no_grad():
             for name, parameter in self._named():
                 parameter.copy_(tensors[name])
