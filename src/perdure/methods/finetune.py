@@ -47,7 +47,7 @@ class FineTune(Method):
 
         pattern = re.compile(self.config.parameters)
         self._named: list[tuple[str, nn.Parameter]] = [
-            (name, p) for name, p in host.model.named_parameters() if p.is_floating_point() and pattern.search(name)
+            (name, p) for name, p in host.named_parameters() if pattern.search(name)
         ]
         if not self._named:
             raise BadInput(f"method.finetune.parameters: {self.config.parameters!r} matches no parameter of the model")
