@@ -149,9 +149,7 @@ class Learner(Loop):
             raise BadInput(
                 f"classes: {unknown or 'an empty list'} cannot be predicted; give some of {', '.join(names)}"
             )
-        among = torch.tensor(
-            [ids[name] for name in (names if classes is None else classes)], device=self.device
-        )
+        among = torch.tensor([ids[name] for name in (names if classes is None else classes)], device=self.device)
         with quiet(self.model), torch.no_grad(), self.classes_encoded():
             for batch in self.batches(rows, unlabelled=True):
                 with self.autocast():

@@ -95,7 +95,7 @@ class Passes:
 
     def encode_classes(self, model: nn.Module, head: Head | None) -> None:
         """Encodes all class texts once, for the passes that follow; nothing for heads that know no names."""
-        if head is not None and head.by_text:
+        if head is not None and head.by_text and head.classes:
             with quiet(model), torch.no_grad(), self.autocast():
                 head.ready = self.objective.class_features(model, head)  # type: ignore[attr-defined]
 

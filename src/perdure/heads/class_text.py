@@ -11,7 +11,6 @@ from ..data import Batch, wide
 from ._head import Head, register
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 

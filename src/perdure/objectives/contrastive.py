@@ -144,7 +144,7 @@ class ImageText(Objective):
         classes = sum(row.get("label") is not None for row in rows)
         if 0 < classes < len(rows) and any(row.get("label") is None and row.get("text") is not None for row in rows):
             raise BadInput(
-                f"rows: {classes} of {len(rows)} have a label; an experience has either classes or captions, so split it"
+                f"rows: {classes} of {len(rows)} have a label; rows have either classes or captions, so split them"
             )
         return not classes and any(row.get("text") is not None for row in rows)
 
