@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +176,12 @@ class Learner(Loop):
         return torch.cat(parts)
 
     def observe(self, rows: Rows, log: RouterLog) -> None:
-        """Adds to `log` how the memories answer rows (no labels needed), in evaluation mode."""
+        """Adds to `log` how the memories answer rows (no labels needed), in evaluation mode; a text tower that encodes
+        class names is asked for those of the current experience.
+        """
         self.refuse_detached()
         with quiet(self.model), torch.no_grad():
-            for batch in self.batches(rows, unlabelled=True):
+            for batch in chain(self.batches(rows, unlabelled=True), self.text_batches()):
                 with self.autocast(), self.observing(batch, log):
                     self.objective.forward(self.model, None, batch, self.pooling)
 

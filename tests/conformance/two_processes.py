@@ -20,12 +20,17 @@ GLOBAL_BATCH, ROWS = 4, 7
 CASES: dict[str, tuple[str, Any]] = {
     f"{name}/bert": ("bert", spec) for name, spec in cases.all_specs().items() if name not in cases.NEEDS_OWN_HEAD
 } | {f"{name}/gpt2": ("gpt2", cases.all_specs()[name]) for name in ("finetune", "moram", "moram+er")}
+CASES |= {f"{name}/clip": ("clip", cases.all_specs()[name]) for name in ("finetune", "moram", "moram+er")}
+CASES["captions/clip"] = ("clip", cases.all_specs()["moram"])
 CASES["moram+ridge/bert"] = ("bert", cases.all_specs()["moram"])
 
 
 def learn(name: str, processes: int) -> dict[str, Any]:
     host, spec = CASES[name]
     made = cases.experiences(host, 2, rows=ROWS)
+    if name.startswith("captions"):  # the test rows keep their classes, to be scored
+        captions = [{"image": row["image"], "text": f"{n} {row['label']}"} for n, row in enumerate(made[0].train)]
+        made[0] = made[0].with_rows(train=captions, test=())
     head = {"ridge": {"features": 16}} if "ridge" in name else None
     learner = cases.build_learner(
         host, cases.without_dropout(spec), dtype=torch.float64, head=head, optimizer="sgd", learning_rate=0.02,

@@ -32,8 +32,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_the_recipe_holds_the_published_settings():
-    recipe = load_recipe("papers/xtail", arm="moram")
+@pytest.mark.parametrize("arm", [None, "moram"])
+def test_the_recipe_holds_the_published_settings(arm):
+    recipe = load_recipe("papers/xtail", arm=arm)
     ((method, settings),) = recipe.method[0].items()
     found: dict[str, Any] = {
         **settings, **recipe.training.model_dump(), "model": recipe.model, "shots": recipe.stream.rows_per_class,

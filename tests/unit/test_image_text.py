@@ -233,6 +233,19 @@ def test_protected_keys_see_the_texts_of_each_class_once():
     assert torch.allclose(moments["moment/text.0.query"], x.T @ x, rtol=1e-4, atol=1e-4)
 
 
+def test_the_router_is_observed_in_both_towers_without_padding():
+    from perdure.memory.observe import RouterLog
+
+    done = learner()
+    made = cases.experiences("clip")
+    done.learn(made[0])
+    log = RouterLog()
+    done.observe(made[0].test, log)
+    tokens = {site: facts["tokens"] for site, facts in log.summary().items()}
+    assert tokens["vision.0.query"] == 6 * 5  # patches and the class token
+    assert tokens["text.0.query"] == 2 * len("<a photo of a class0.>") and len(tokens) == 24
+
+
 # ---- the label space
 ALL = [f"class{number}" for number in range(6)]
 
@@ -368,6 +381,28 @@ def test_refusals_name_the_field(settings, words):
     model, _ = cases.build_host("clip")
     with pytest.raises(BadInput, match=words):
         Learner(model, BOTH, **{"method": "moram", "objective": {"image_text": {"max_length": 32}}, **settings})
+
+
+def test_a_recipe_says_it_before_a_model_is_loaded():
+    from perdure.recipe import make_recipe
+
+    base = {
+        "model": {"scratch": {"family": "clip"}}, "stream": {"source": "stdlib", "experiences": 2},
+        "objective": "image_text", "method": "moram",
+    }  # fmt: skip
+    recipe = make_recipe(base)
+    assert list(recipe.head) == ["class_text"] and recipe.label == "moram"
+    assert make_recipe({**base, "method": "er", "protocol": {"rehearsal": 200}}).label == "er"
+    for change, words in [
+        ({"head": "ridge"}, "head: ridge does not fit objective 'image_text'"),
+        ({"method": "linear_probe"}, "head class_text has nothing that trains"),
+        (
+            {"objective": "classification", "protocol": {"label_space": "declared"}},
+            r"protocol\.label_space: is declared",
+        ),
+    ]:
+        with pytest.raises(BadInput, match=words):
+            make_recipe({**base, **change})
 
 
 def test_other_models_and_heads_are_refused():

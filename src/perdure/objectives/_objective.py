@@ -88,6 +88,13 @@ class Objective(ABC):
         count over all processes and accumulated batches.
         """
 
+    def loss_among(self, batch: Batch, output: Output, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """This process's part of the loss where several share the rows of a step; the parts are summed.
+
+        As `loss`, unless rows are contrasted with each other: those of the other processes then take part.
+        """
+        return self.loss(batch, output, allowed)
+
     @abstractmethod
     def score(self, batch: Batch, output: Output, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Parts of the metric that add up over batches: a float64 and an int64 scalar."""

@@ -22,9 +22,9 @@ CE(s f gᵀ, I) + CE(s g fᵀ, I), g [B, D] the captions' embeddings. That is tw
 | mask of earlier classes | `protocol.mask: current`; rehearsed rows compete among all classes seen |
 
 Deviations: which classes the first term masks is the protocol's choice; the release concatenates empty atoms of the
-next task before it encodes the earlier classes, which MoRAM here leaves out of evaluation. With gradient accumulation
-or several processes the softmax over images sees the rows of one micro-batch of one process, so the second term then
-depends on their number, as for every in-batch contrast; the first one does not.
+next task before it encodes the earlier classes, which MoRAM here leaves out of evaluation. Several processes contrast
+their rows with those of the others. With gradient accumulation the softmax over images sees the rows of one
+micro-batch, so the second term then depends on their number, as for every in-batch contrast; the first one does not.
 Cost: a step encodes the images of the batch and the texts of all current classes; an evaluation encodes every class
 text once. Padding of class texts counts in router statistics, which know no mask for them.
 """
@@ -293,6 +293,20 @@ class ImageText(Objective):
 
         own = torch.arange(len(scores), device=scores.device)
         return counted * (_cross_entropy(scores, own) + _cross_entropy(scores.T, own)), counted
+
+    def loss_among(self, batch: Batch, output: Output, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The loss of the rows of all processes together, divided by their number."""
+        from ..gathering import gather_rows, processes
+
+        if allowed is not None and allowed.dim() == 1 and output.logits is not None:
+            allowed = allowed.expand(output.logits.shape)
+        assert batch.labels is not None
+        found = {name: getattr(output, name) for name in ("logits", "features", "other_features")}
+        found = {name: None if tensor is None else gather_rows(tensor) for name, tensor in found.items()}
+        labels = gather_rows(batch.labels, fill=-100)
+        every = None if allowed is None else gather_rows(allowed.to(labels), fill=1) > 0
+        summed, count = self.loss(Batch({}, labels), Output(**found, host=output.host), every)
+        return summed / processes(), count
 
     def score(self, batch: Batch, output: Output, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if output.logits is not None:
