@@ -12,13 +12,12 @@ from .config import ProtocolConfig
 from .errors import BadInput
 from .loading import derived_seed
 from .methods import Method
-from .protocol import check_list
+from .protocol import check_head, check_list
 from .registry import HEADS, OBJECTIVES, Registry, explain
 from .streams.rows import as_label
 
 if TYPE_CHECKING:
     from .heads import Head
-    from .hosts import Host
     from .objectives import Objective
 
 
@@ -58,7 +57,11 @@ def caches_features(methods: Sequence[Method]) -> bool:
 
 
 def check_combination(
-    methods: list[Method], objective: Objective, protocol: ProtocolConfig, classes: Sequence[str] | None
+    methods: list[Method],
+    objective: Objective,
+    head: Head | None,
+    protocol: ProtocolConfig,
+    classes: Sequence[str] | None,
 ) -> None:
     """Refuses settings that are each fine and do not fit together.
 
@@ -66,6 +69,9 @@ def check_combination(
         BadInput: nothing would train, the classes are not declared where the mask needs them, or cached features would
             never see an augmentation.
     """
+    check_head(methods, objective, head, protocol)
+    if protocol.label_space == "declared" and not classes:
+        raise BadInput("protocol.label_space: declared needs the classes in advance; give `classes`")
     idle = [method.name for method in methods if method.learns]
     if not objective.needs_head and idle and not any(method.adapts for method in methods):
         raise BadInput(
@@ -96,20 +102,20 @@ def choose_objective(spec: Any) -> Objective:
 
 
 def choose_head(spec: Any, objective: Objective) -> Head | None:
-    """The head that a setting names ("cosine" by default), not built yet; None where the model's own head is used."""
+    """The head that a setting names, not built yet; None where the model's own head is used."""
     if objective.needs_head:
-        return _one(HEADS, spec or "cosine", "head")
+        return _one(HEADS, spec or objective.default_head, "head")
     if spec not in (None, "none"):
         raise BadInput(f"head: objective {objective.name!r} uses the model's own head; remove {spec!r}")
     return None
 
 
-def build_heads(head: Head | None, methods: list[Method], host: Host, seed: int) -> Head | None:
-    """Builds the head for the host's features and returns the auxiliary one, where there is one."""
+def build_heads(head: Head | None, methods: list[Method], width: int, seed: int) -> Head | None:
+    """Builds the head for features of `width` and returns the auxiliary one, where there is one."""
     if head is None:
         return None
-    head.build(host.width, derived_seed(seed, "head") % 2**31)
-    return build_auxiliary_head(head, methods, host.width, seed)
+    head.build(width, derived_seed(seed, "head") % 2**31)
+    return build_auxiliary_head(head, methods, width, seed)
 
 
 def build_auxiliary_head(head: Head, methods: list[Method], width: int, seed: int) -> Head | None:

@@ -136,7 +136,10 @@ class ProtocolConfig(Strict):
     passes: int | None = Field(None, ge=1)
     """Training passes allowed over each experience; no limit when absent."""
     mask: Literal["all", "seen", "current"] = "current"
-    """Classes that compete in the training loss. Prediction is always over all classes seen."""
+    """Classes that compete in the training loss. Prediction is over the classes of `label_space`."""
+    label_space: Literal["seen", "declared"] = "seen"
+    """Classes among which a row is classified at test: those seen, or all declared, not learnt yet included (X-TAIL);
+    the latter needs a head that knows classes by their names (class_text)."""
     evaluate: Literal["seen", "seen_and_next", "all"] = "seen"
     """Experiences whose test rows are scored after each experience; `all` declares every test set known."""
     max_test_rows: int | None = Field(None, ge=1)

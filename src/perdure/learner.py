@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,26 @@ class Learner(Loop):
         rows = self._capped(getattr(experience, split))
         if not len(rows):
             return None
-        if self.head is not None and not self.head.classes:
+        together = self.head is not None and self.objective.unlabelled(rows)
+        if self.head is not None and not self.head.classes and not together:
             return 0.0
         allowed = self._allowed_at_test(experience)
         total = torch.zeros(2, dtype=torch.float64)
-        with quiet(self.model), torch.no_grad():
+        parts = []
+        with quiet(self.model), torch.no_grad(), self.classes_encoded():
             for batch in self._scored_batches(experience, split, rows):
                 with self.autocast():
                     output = self.forward(_without_answers(batch))
-                summed, count = self.objective.score(batch, output, allowed)
-                total += torch.stack([torch.as_tensor(summed).double().cpu(), torch.as_tensor(count).double().cpu()])
+                if together:  # every row is scored against all others
+                    parts.append((replace(batch, inputs={}), output))
+                    continue
+                total += self._score(batch, output, allowed)
+            if together:
+                total += self._score(*self.objective.gathered(parts), None)
         return self.objective.finish(float(total[0]), int(total[1]))
+
+    def _score(self, batch: Batch, output: Output, allowed: Tensor | None) -> Tensor:
+        return torch.stack([torch.as_tensor(x).double().cpu() for x in self.objective.score(batch, output, allowed)])
 
     def _capped(self, rows: Rows) -> Rows:
         limit = self.protocol.max_test_rows
@@ -83,7 +93,7 @@ class Learner(Loop):
         return [rows[number] for number in chosen]
 
     def _scored_batches(self, experience: Experience, split: str, rows: Rows) -> Any:
-        labels = Unlearnt(self.labels)
+        labels = Unlearnt((name, number) for number, name in enumerate(self.class_names))
         if not self.caches_features:
             for batch in self.batches(rows, labels, by_length=True):
                 yield self._with_task(batch, experience)
@@ -101,11 +111,12 @@ class Learner(Loop):
         if self.head is None:
             return None
         allowed = torch.zeros(self.head.classes, dtype=torch.bool, device=self.device)
-        known = [self.labels[name] for name in experience.classes if name in self.labels]
+        ids = {name: number for number, name in enumerate(self.class_names)}
+        known = [ids[name] for name in experience.classes if name in ids]
         if self.protocol.task_id == "test" and known:
             allowed[known] = True
             return allowed
-        allowed[: len(self.labels)] = True  # the mask "all" grows the head further: unseen classes never compete
+        allowed[: len(ids)] = True  # the mask "all" grows the head further: unseen classes never compete
         return allowed
 
     def forward(self, batch: Batch) -> Output:
@@ -122,27 +133,26 @@ class Learner(Loop):
 
         Args:
             rows: what to classify.
-            classes: the classes to choose among, where the task is known; all classes seen when absent.
+            classes: the classes to choose among, where the task is known; all of the label space when absent.
 
         Raises:
             BadInput: nothing was learnt yet, a class is unknown, or the objective has no classes.
         """
         if self.head is None:
             raise BadInput(f"predict: objective {self.objective.name!r} has no classes; use the model's `generate`")
-        if not self.labels:
+        if not self.class_names:
             raise BadInput("predict: nothing was learnt yet; call `learn` first")
         self.refuse_detached()
-        names, found = self.seen, []
+        names, found = self.class_names, []
+        ids = {name: number for number, name in enumerate(names)}
         classes = None if classes is None else as_labels(classes) or []
-        unknown = [name for name in classes or () if name not in self.labels]
+        unknown = [name for name in classes or () if name not in ids]
         if unknown or (classes is not None and not len(classes)):
             raise BadInput(
                 f"classes: {unknown or 'an empty list'} cannot be predicted; give some of {', '.join(names)}"
             )
-        among = torch.tensor(
-            [self.labels[name] for name in (names if classes is None else classes)], device=self.device
-        )
-        with quiet(self.model), torch.no_grad():
+        among = torch.tensor([ids[name] for name in (names if classes is None else classes)], device=self.device)
+        with quiet(self.model), torch.no_grad(), self.classes_encoded():
             for batch in self.batches(rows, unlabelled=True):
                 with self.autocast():
                     logits = self.forward(_without_answers(batch)).logits
@@ -167,10 +177,12 @@ class Learner(Loop):
         return torch.cat(parts)
 
     def observe(self, rows: Rows, log: RouterLog) -> None:
-        """Adds to `log` how the memories answer rows (no labels needed), in evaluation mode."""
+        """Adds to `log` how the memories answer rows (no labels needed), in evaluation mode; a text tower that encodes
+        class names is asked for those of the current experience.
+        """
         self.refuse_detached()
         with quiet(self.model), torch.no_grad():
-            for batch in self.batches(rows, unlabelled=True):
+            for batch in chain(self.batches(rows, unlabelled=True), self.text_batches()):
                 with self.autocast(), self.observing(batch, log):
                     self.objective.forward(self.model, None, batch, self.pooling)
 
@@ -319,6 +331,7 @@ class Learner(Loop):
             method.load_state_dict(_under(f"method/{number}", tensors), described)
         for name, head in heads.items():
             head.load_state_dict(_under(name, tensors), values[name])
+        self.name_classes()
         self.system.to(self.device)
         self._features.clear()
 

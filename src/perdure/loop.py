@@ -21,7 +21,7 @@ from .assembly import (
     settings_of,
 )
 from .attachment import Original, hold, holds, refuse_taken
-from .bookkeeping import Counters, Past, Position
+from .bookkeeping import Counters, Past, Position, quiet
 from .bookmark import Bookmark, HeadMark
 from .config import ProtocolConfig, TrainingConfig
 from .data import Batch, Output, Rows
@@ -53,6 +53,8 @@ class System(nn.Module):
     def forward(self, batch: Batch, training_head: bool = False) -> Output:
         learner = self._learner[0]
         head = learner.auxiliary_head if training_head and learner.auxiliary_head is not None else learner.head
+        if training_head and head is not None:
+            head = head.in_training()
         return learner.objective.forward(self.host, head, batch, learner.pooling)
 
 
@@ -64,11 +66,13 @@ class Loop(Stepping):
         processor: its tokenizer or an image processor.
         method: a name, `{name: settings}`, or a list of these, e.g.
             `[{"moram": {"rank": 8}}, {"er": {"budget": 200}}]`.
-        head: "cosine" (default for classification), "linear", "ridge", or `{name: settings}`.
-        objective: "classification" or "causal_lm", or `{name: settings}`.
+        head: "cosine" (default for classification), "linear", "ridge", "class_text" (default for image_text), or
+            `{name: settings}`.
+        objective: "classification", "causal_lm" or "image_text", or `{name: settings}`.
         training, protocol: `TrainingConfig`, `ProtocolConfig`, or dicts of their fields.
         seed: seed of every random draw.
-        classes: all class names, where they are declared in advance (needed for the mask "all").
+        classes: all class names, where they are declared in advance (needed for the mask "all" and the label space
+            "declared").
 
     Raises:
         BadInput: a name, setting or combination that cannot be honoured.
@@ -96,7 +100,7 @@ class Loop(Stepping):
         self.head = choose_head(head, self.objective)
         self.declared = as_labels(classes)
         check_granted(self.methods, self.protocol, self.training)
-        check_combination(self.methods, self.objective, self.protocol, self.declared)
+        check_combination(self.methods, self.objective, self.head, self.protocol, self.declared)
         self.host = Host(model, getattr(self.objective.config, "tower", None))
         refuse_taken(model)
         self.objective.check_model(model, processor)
@@ -108,7 +112,9 @@ class Loop(Stepping):
         self.writes: list[dict[str, Any]] = []
         self.position, self.counters = Position(), Counters()
         self._seed_everything()
-        self.auxiliary_head = build_heads(self.head, self.methods, self.host, seed)
+        width = self.objective.width(self.host) if self.head is not None else 0
+        self.auxiliary_head = build_heads(self.head, self.methods, width, seed)
+        self.name_classes()
         self.accelerator = _accelerator()
         self.generator = torch.Generator().manual_seed(derived_seed(seed, "methods"))
         everything = any("all_data" in method.needs for method in self.methods)
@@ -184,6 +190,7 @@ class Loop(Stepping):
         wanted = len(self.labels)
         if self.protocol.mask == "all" and self.declared is not None:
             wanted = len(self.declared)
+        self.name_classes()
         grew = False
         for head in (self.head, self.auxiliary_head):
             if head is not None and head.classes < wanted:
@@ -191,6 +198,34 @@ class Loop(Stepping):
                 head.module.to(self.device)
                 grew = True
         return grew
+
+    @property
+    def class_names(self) -> list[str]:
+        if self.protocol.label_space == "seen" or self.declared is None:
+            return list(self.labels)
+        return list(dict.fromkeys([*self.labels, *self.declared]))
+
+    def name_classes(self) -> None:
+        """Tells a head that knows classes by their names which there are."""
+        if self.head is not None and self.head.by_text:
+            names = self.class_names
+            objective: Any = self.objective
+            self.head.name_classes(  # type: ignore[attr-defined]
+                objective.class_tokens(names, self.processor), objective.pad(self.processor)
+            )
+
+    def _hold_class_texts(self) -> None:
+        """Texts of the classes of earlier experiences stand still in training: they are encoded once, now.
+
+        Without boundaries no experience is earlier, and joint training learns all classes at once: none stands still.
+        """
+        if self.head is None or not self.head.by_text:
+            return
+        everything = any("all_data" in method.needs for method in self.methods)
+        known = self.protocol.boundaries == "train" and not everything
+        current = [self.labels[name] for name in (self.history[-1].classes if known else self.labels)]
+        with quiet(self.model), torch.no_grad(), self.autocast():
+            self.objective.hold_class_texts(self.model, self.head, len(self.labels), current)  # type: ignore[attr-defined]
 
     # ---- learning
     def learn(self, experience: Experience, *, on_step: Callable[[Any, dict[str, float]], None] | None = None) -> Loop:
@@ -290,11 +325,12 @@ class Loop(Stepping):
             for method in self.methods:
                 method.before_experience(self._as_granted(experience))
             self.system.to(self.device)
+        self._hold_class_texts()
         self.position = Position(self.position.experience, 0, "train")
         return grew
 
     def _label_names(self, experience: Experience) -> list[str]:
-        if self.head is None:
+        if self.head is None or self.objective.unlabelled(experience.train):
             return []
         names = dict.fromkeys(experience.classes)
         for number, row in enumerate(experience.train):

@@ -31,7 +31,8 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 class ScratchModel(Strict):
     """A small transformer with random weights."""
 
-    family: Literal["bert", "vit", "gpt2", "llama"]
+    family: Literal["bert", "vit", "gpt2", "llama", "clip"]
+    """clip: two towers of the same size, images and text, joined in a space as wide as they are."""
     layers: int = Field(2, ge=1)
     width: int = Field(64, ge=2)
     """Size of the hidden states."""
@@ -59,7 +60,7 @@ class ScratchModel(Strict):
             raise ValueError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}; choose one that is")
         if self.family == "llama" and (self.width // self.heads) % 2:
             raise ValueError(f"width / heads is {self.width // self.heads}; rotary positions need an even number")
-        if self.family == "vit" and self.image_size % self.patch_size:
+        if self.family in ("vit", "clip") and self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
         return self
 
@@ -361,7 +362,7 @@ def _build(spec: ScratchModel, token_head: bool, seed: int) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    if token_head and spec.family in ("bert", "vit"):
+    if token_head and spec.family in ("bert", "vit", "clip"):
         raise BadInput(f"model.scratch.family: {spec.family} is no causal language model; choose gpt2 or llama")
     if spec.family == "vit":
         from .processors import ImageProcessor
@@ -379,6 +380,10 @@ def _build(spec: ScratchModel, token_head: bool, seed: int) -> tuple[Any, Any]:
                 "raise it or leave it out"
             )
     config = _scratch_config(spec, vocab, processor)
+    if spec.family == "clip":
+        from .processors import ImageProcessor
+
+        processor = PairProcessor(processor, ImageProcessor.from_model_config(config))
     auto = transformers.AutoModelForCausalLM if token_head else transformers.AutoModel
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed if spec.seed is None else spec.seed)
@@ -404,6 +409,18 @@ def _scratch_config(spec: ScratchModel, vocab: int, processor: Any) -> Any:
     ids: dict[str, Any] = {
         key: getattr(processor, key, None) for key in ("pad_token_id", "bos_token_id", "eos_token_id")
     }
+    if spec.family == "clip":
+        tower = {
+            "hidden_size": spec.width,
+            "num_hidden_layers": spec.layers,
+            "num_attention_heads": spec.heads,
+            "intermediate_size": ffn,
+            "projection_dim": spec.width,
+            "attention_dropout": spec.dropout,
+        }
+        text = {**tower, "vocab_size": vocab, "max_position_embeddings": spec.max_length, **ids}
+        vision = {**tower, "image_size": spec.image_size, "patch_size": spec.patch_size}
+        return transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=spec.width)
     if spec.family == "bert":
         return transformers.BertConfig(
             vocab_size=vocab,

@@ -87,6 +87,34 @@ class Passes:
     def _forget_features(self, experience: Experience) -> None:
         self._features.pop((experience.hash, "train"), None)
 
+    # ---- classes known by their names
+    @property
+    def class_names(self) -> list[str]:
+        """Classes among which rows are classified, by id: those learnt, then the others of a declared label space."""
+        return list(self.labels)
+
+    def encode_classes(self, model: nn.Module, head: Head | None) -> None:
+        """Encodes all class texts once, for the passes that follow; nothing for heads that know no names."""
+        if head is not None and head.by_text and head.classes:
+            with quiet(model), torch.no_grad(), self.autocast():
+                head.ready = self.objective.class_features(model, head)  # type: ignore[attr-defined]
+
+    @contextmanager
+    def classes_encoded(self) -> Iterator[None]:
+        """Class texts are encoded once for all passes inside, in which the model must not change."""
+        self.encode_classes(self.model, self.head)
+        try:
+            yield
+        finally:
+            if self.head is not None and self.head.by_text:
+                self.head.ready = None  # type: ignore[attr-defined]
+
+    def text_batches(self) -> Iterator[Batch]:
+        """Texts of the classes of the current experience, each once, for statistics of the text tower."""
+        if self.head is not None and self.head.by_text:
+            for batch in self.head.current_texts(self.training.per_device_eval_batch_size):  # type: ignore[attr-defined]
+                yield batch.to(self.device)
+
     @contextmanager
     def observing(self, batch: Batch, log: RouterLog | None = None) -> Iterator[None]:
         """Adds the routing of the passes inside to `log`, the loop's own when absent; padding does not count."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .config import ProtocolConfig, TrainingConfig
 from .errors import BadInput, ProtocolRefused
@@ -22,6 +23,38 @@ def check_list(methods: Sequence[Method]) -> None:
     pretrain = [method.name for method in methods if getattr(method.config, "pretrain", None) is not None]
     if len(pretrain) > 1:
         raise BadInput(f"method: {' and '.join(pretrain)} both pretrain the host; say it at one of them")
+
+
+def check_head(methods: Sequence[Method], objective: Any, head: Any, protocol: ProtocolConfig) -> None:
+    """Checks an objective (or its class) against its head (or the head's class), None where there is none.
+
+    Raises:
+        BadInput: the head and the objective, the protocol or the methods do not fit each other.
+    """
+    by_text = head is not None and head.by_text
+    if objective.by_text != by_text and head is not None:
+        fitting = (
+            f"use head {objective.default_head}; for other heads on image features set "
+            "objective: {classification: {tower: vision}}"
+            if objective.by_text
+            else "use objective image_text, or another head"
+        )
+        raise BadInput(f"head: {head.name} does not fit objective {objective.name!r}; {fitting}")
+    if protocol.label_space == "declared" and not by_text:
+        raise BadInput(
+            "protocol.label_space: is declared, but only a head that knows classes by their names (class_text) can "
+            "predict one that was never learnt; set it to seen"
+        )
+    if protocol.mask == "all" and by_text:
+        raise BadInput(
+            f"protocol.mask: is all, but in training head {head.name} scores the classes learnt; use current or seen"
+        )
+    idle = [method.name for method in methods if method.learns]
+    if by_text and idle and not any(method.adapts for method in methods):
+        raise BadInput(
+            f"method: {', '.join(idle)} trains a head only, and head {head.name} has nothing that trains; use frozen "
+            "for the model as it is, or a method that adapts it (finetune, lora, moram)"
+        )
 
 
 def check_granted(methods: Sequence[Method], protocol: ProtocolConfig, training: TrainingConfig) -> None:

@@ -20,9 +20,9 @@ from .config import ProtocolConfig, Strict, TrainingConfig
 from .errors import BadInput
 from .models import ModelSource
 from .presets import PRESETS
-from .protocol import check_granted, check_list
+from .protocol import check_granted, check_head, check_list
 from .recipe_layers import BLOCKS, DEFAULTS, apply_arm, head_name, holds, mark, set_value, split_override
-from .registry import METHODS, OBJECTIVES
+from .registry import HEADS, METHODS, OBJECTIVES
 from .streams import StreamConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -361,7 +361,7 @@ def _complete(recipe: Recipe, sources: dict[str, str]) -> Recipe:
     head = recipe.head
     if OBJECTIVES.get(objective).needs_head:
         if head in (None, "none"):
-            head = "cosine"
+            head = OBJECTIVES.get(objective).default_head
             sources.pop("head", None)
     elif head not in (None, "none"):
         raise BadInput(
@@ -372,6 +372,10 @@ def _complete(recipe: Recipe, sources: dict[str, str]) -> Recipe:
         head = None
     head_pair = None if head is None else _one("head", head)
     check_methods(methods, recipe.protocol, recipe.training)
+    plugged = [METHODS.get(name) for name, _ in methods]
+    if not any(method.adapts or method.frozen_features for method in plugged):  # the whole model trains
+        plugged.append(METHODS.get("finetune"))
+    check_head(plugged, OBJECTIVES.get(objective), head_pair and HEADS.get(head_pair[0]), recipe.protocol)
     updates: dict[str, Any] = {
         "method": [{name: config.model_dump(mode="json")} for name, config in methods],
         "objective": {objective: objective_config.model_dump(mode="json")},
@@ -413,7 +417,8 @@ def short_name(recipe: Recipe) -> str:
     """Methods, and the head where it is not the default, joined by `+`."""
     names = [name for name, _ in METHODS.parse(recipe.method, "method")]
     head = None if recipe.head in (None, "none") else _one("head", recipe.head)[0]
-    return "+".join([*names, head] if head not in (None, "cosine") else names)
+    usual = OBJECTIVES.get(_one("objective", recipe.objective)[0]).default_head
+    return "+".join([*names, head] if head not in (None, usual) else names)
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:

@@ -145,6 +145,7 @@ def fresh_head(learner: Learner, names: list[str]) -> Iterator[None]:
         untrained.grow(len(names))
         untrained.module.to(learner.device)
     learner.head, learner.labels = untrained, {name: number for number, name in enumerate(names)}
+    learner.name_classes()
     try:
         yield
     finally:
@@ -335,7 +336,7 @@ class Run:
         """
         if self.recipe.protocol.evaluate == "seen":
             return None
-        if self.learner.head is None:
+        if self.learner.head is None or self.learner.protocol.label_space == "declared":  # scores before it learns
             return self._row(-1, everything=True)
         known: dict[str, None] = {}
         for index in range(self.length):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,8 +68,9 @@ class Services:
 
     @property
     def needs_head(self) -> bool:
-        """True if features go through a head of ours, False if the host has its own."""
-        return self._loop.objective.needs_head
+        """True if features go through a head that must learn, False if the host itself can score (class texts too)."""
+        head = self._loop.head
+        return self._loop.objective.needs_head and not (head is not None and head.by_text)
 
     @property
     def write_id(self) -> int:
@@ -157,7 +159,7 @@ class Services:
             handles.append(site.module.register_forward_pre_hook(listen(site.name)))
         try:
             with quiet(loop.model), torch.no_grad():
-                for batch in loop.batches(rows):
+                for batch in chain(loop.batches(rows), loop.text_batches()):
                     found = batch.inputs.get("attention_mask")
                     mask[0] = None if found is None else found.bool()
                     loop.objective.forward(loop.model, None, batch, loop.pooling)
@@ -261,6 +263,7 @@ class Services:
         self._previous_head = copy.copy(head)
         if head is not None and self._previous_head is not None:
             self._previous_head.module = copy.deepcopy(head.module).requires_grad_(False)
+            loop.encode_classes(inner, self._previous_head)  # it stands still from here on
 
     def previous_state(self) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         """The learnt state at the last boundary, kept only while a method needs the old model."""

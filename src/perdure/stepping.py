@@ -223,7 +223,8 @@ class Stepping(Passes):
             summed, _ = owner.criterion(batch, output)
         else:
             allowed = self._allowed(batch, output.logits) if output.logits is not None else None
-            summed, _ = self.objective.loss(batch, output, allowed)
+            loss = self.objective.loss if self._world == 1 else self.objective.loss_among
+            summed, _ = loss(batch, output, allowed)
         parts = {"loss": summed / max(total, 1.0)}
         for method in self.methods:
             for name, extra in method.losses(batch, output).items():

@@ -15,13 +15,16 @@ import numpy as np
 import torch
 
 from perdure.learner import Learner
+from perdure.models import PairProcessor
 from perdure.processors import ByteTokenizer, ImageProcessor
 from perdure.streams import Experience
 
 MATRIX: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("matrix.json").read_text())
 """Method -> host -> "runs", or "refused: " and the reason."""
-HOSTS = ("bert", "vit", "gpt2", "llama")
-OBJECTIVE = {"bert": "classification", "vit": "classification", "gpt2": "causal_lm", "llama": "causal_lm"}
+HOSTS = ("bert", "vit", "gpt2", "llama", "clip")
+OBJECTIVE = {
+    "bert": "classification", "vit": "classification", "gpt2": "causal_lm", "llama": "causal_lm", "clip": "image_text",
+}  # fmt: skip
 
 PATCHES = {"patches": 6, "top_k": 2, "rank": 3}
 # method name -> what the battery runs instead of its defaults
@@ -72,6 +75,18 @@ def build_host(name: str, dtype: torch.dtype = torch.float32, dropout: float = 0
             hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
         )  # fmt: skip
         model = t.ViTModel(config, add_pooling_layer=False)
+    elif name == "clip":
+        tower = {**text, "projection_dim": 8, "attention_dropout": dropout}
+        del tower["vocab_size"]
+        model = t.CLIPModel(
+            t.CLIPConfig(
+                text_config={
+                    **tower, "vocab_size": 300, "max_position_embeddings": 64, "bos_token_id": 257, "eos_token_id": 258,
+                },
+                vision_config={**tower, "hidden_size": 32, "image_size": 8, "patch_size": 4},
+                projection_dim=8,
+            )
+        )  # fmt: skip
     elif name == "gpt2":
         model = t.GPT2LMHeadModel(
             t.GPT2Config(
@@ -83,12 +98,13 @@ def build_host(name: str, dtype: torch.dtype = torch.float32, dropout: float = 0
         model = t.LlamaForCausalLM(
             t.LlamaConfig(**text, num_key_value_heads=1, max_position_embeddings=64, attention_dropout=dropout)
         )
-    processor = ImageProcessor(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3) if name == "vit" else ByteTokenizer()
-    return model.to(dtype).eval(), processor
+    images = ImageProcessor(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    processors = {"vit": images, "clip": PairProcessor(ByteTokenizer(), images)}
+    return model.to(dtype).eval(), processors.get(name) or ByteTokenizer()
 
 
 def _row(host: str, label: int, draw: random.Random) -> dict[str, Any]:
-    if host == "vit":
+    if host in ("vit", "clip"):
         noise = np.random.default_rng(draw.randrange(2**31)).integers(0, 60, (8, 8, 3))
         noise[..., label % 3] += 120 + 20 * (label // 3)
         return {"image": noise.clip(0, 255).astype(np.uint8), "label": f"class{label}"}
@@ -115,7 +131,7 @@ def build_learner(
     **training: Any,
 ) -> Learner:
     model, processor = build_host(host, dtype, dropout)
-    limit = {"bert": {"max_length": 32}, "vit": {}}.get(host, {"block_size": 32})
+    limit = {"bert": {"max_length": 32}, "vit": {}, "clip": {"max_length": 32}}.get(host, {"block_size": 32})
     objective: Any = {OBJECTIVE[host]: limit}
     settings = {
         "learning_rate": 1e-2, "head_learning_rate": 1e-2, "per_device_train_batch_size": 4, "epochs": 2,
@@ -162,6 +178,14 @@ def outputs(learner: Learner, made: list[Experience]) -> torch.Tensor:
                 assert logits is not None
                 parts.append(logits.double().flatten())
     return torch.cat(parts)
+
+
+def host_inputs(host: str, learner: Learner, made: list[Experience]) -> dict[str, torch.Tensor]:
+    """What the bare host takes of the first test rows; both towers of CLIP want something."""
+    inputs = next(iter(learner.batches(made[0].test, unlabelled=True))).inputs
+    if host == "clip":
+        inputs["input_ids"] = torch.tensor([[257, 97, 98, 99, 258], [257, 120, 258, 256, 256]])
+    return inputs
 
 
 def all_specs() -> dict[str, Any]:

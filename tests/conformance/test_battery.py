@@ -54,7 +54,7 @@ def story(method: str, host: str) -> Story:
     made = cases.experiences(host)
     model, _ = cases.build_host(host)
     learner = cases.build_learner(host, SPECS[method], dropout=0.2)
-    inputs = next(iter(learner.batches(made[0].test, unlabelled=True))).inputs
+    inputs = cases.host_inputs(host, learner, made)
     with torch.no_grad():
         untouched, attached = model(**inputs)[0], learner.model(**inputs)[0]
     told = Story(learner, _clones(model.state_dict()), _clones(learner.frozen_base()), untouched, attached, inputs)

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from perdure import yamltext
@@ -16,8 +17,8 @@ WORDS = ["ash", "birch", "cedar", "elm", "fir", "oak", "pine", "yew"]
 MODEL = {"scratch": {"family": "bert", "layers": 1, "width": 16, "heads": 2, "ffn_width": 32, "max_length": 32}}
 MORAM = {"rank": 2, "top_k": 2, "targets": "attention", "dropout": 0.1}
 APN = {"patches": 6, "top_k": 2, "rank": 3}
-# name -> (method, head); those that end in -lm learn language under a change of domain, those in -growing are not told
-# where an experience begins
+# name -> (method, head); those that end in -lm learn language under a change of domain, those in -clip images by the
+# texts of their classes, those in -growing are not told where an experience begins
 ARMS: dict[str, tuple[Any, Any]] = {
     "finetune": ("finetune", "cosine"),
     "linear_probe": ("linear_probe", "cosine"),
@@ -34,6 +35,7 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "apn-lm": ({"apn": {**APN, "place": "replace", "pretrain": {"learning_rate": 5e-3}}}, None),
     "frozen-lm": ("frozen", None),
     "moram-lm": ({"moram": MORAM}, None),
+    "moram-clip": ({"moram": MORAM}, None),
 }
 
 
@@ -99,9 +101,25 @@ def language(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def images(folder: Path) -> dict[str, Any]:
+    """Changes to `settings` for CLIP: coloured pictures of six classes, classified among all that are declared."""
+    draw, arrays = np.random.default_rng(0), {}
+    for split, number in (("train", 10), ("test", 4)):
+        y = np.repeat(np.arange(6), number)
+        x = draw.integers(0, 90, (len(y), 8, 8, 3))
+        x[np.arange(len(y)), :, :, y % 3] += 60 + 40 * (y[:, None, None] // 3)
+        arrays |= {f"x_{split}": x.astype(np.uint8), f"y_{split}": y}
+    np.savez(folder / "pictures.npz", class_names=np.array([f"kind{n}" for n in range(6)]), **arrays)
+    model = {**MODEL["scratch"], "family": "clip", "dropout": 0.1, "image_size": 8, "patch_size": 4}
+    return {
+        "model": {"scratch": model}, "stream": {"source": str(folder / "pictures.npz"), "experiences": 3},
+        "objective": {"image_text": {"max_length": 32}}, "protocol": {"label_space": "declared", "evaluate": "all"},
+    }  # fmt: skip
+
+
 def write_arm(folder: Path, arm: str) -> Path:
     """The recipe of one of `ARMS`."""
-    changes = language(folder) if arm.endswith("-lm") else {}
+    changes = language(folder) if arm.endswith("-lm") else images(folder) if arm.endswith("-clip") else {}
     if arm.endswith("-growing"):
         changes |= {"protocol": {"boundaries": "none"}, "training": {"lr_scheduler": "constant"}}
     return write_recipe(folder, *ARMS[arm], **changes)

@@ -29,6 +29,7 @@ def scratch(family: str, objective: str = "classification", **more):
         ("vit", "classification", "ViTModel"),
         ("gpt2", "classification", "GPT2Model"),
         ("llama", "classification", "LlamaModel"),
+        ("clip", "image_text", "CLIPModel"),
         ("gpt2", "causal_lm", "GPT2LMHeadModel"),
         ("llama", "causal_lm", "LlamaForCausalLM"),
     ],
@@ -43,6 +44,12 @@ def test_scratch_families_build_and_run(family, objective, cls):
         assert isinstance(processor, ImageProcessor) and processor.size == (8, 8)
         out = model(pixel_values=torch.zeros(1, 3, 8, 8)).last_hidden_state
         assert out.shape == (1, 5, 16)
+    elif family == "clip":
+        assert processor.image_processor.size == (8, 8) and processor.image_processor.shortest_edge == 8
+        ids = torch.tensor([[*processor.tokenizer("hello")["input_ids"], 258]])
+        out = model(pixel_values=torch.zeros(1, 3, 8, 8), input_ids=ids)
+        assert out.image_embeds.shape == out.text_embeds.shape == (1, 16)
+        assert model.config.text_config.eos_token_id == processor.tokenizer.eos_token_id
     else:
         assert isinstance(processor, ByteTokenizer)
         assert model.config.pad_token_id == processor.pad_token_id
@@ -71,6 +78,7 @@ def test_scratch_weights_depend_on_the_seed_alone_and_leave_the_generator_as_it_
         ({"family": "llama", "heads": 4, "width": 64, "kv_heads": 3}, ["kv_heads 3"]),
         ({"family": "llama", "heads": 4, "width": 12}, ["rotary"]),
         ({"family": "vit", "image_size": 30, "patch_size": 4}, ["image_size 30"]),
+        ({"family": "clip", "image_size": 30, "patch_size": 4}, ["image_size 30"]),
         ({"family": "bert", "depth": 4}, ["model.scratch.depth", "unknown key"]),
         ({"family": "bert", "vocab_size": 100}, ["vocab_size", "100", "259"]),
     ],
@@ -81,13 +89,24 @@ def test_scratch_settings_that_cannot_be_built_name_the_field(settings, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize("family", ["bert", "vit"])
+@pytest.mark.parametrize("family", ["bert", "vit", "clip"])
 def test_encoders_are_no_language_models(family):
     with pytest.raises(BadInput, match="no causal language model"):
         scratch(family, "causal_lm", image_size=8)
 
 
 # ---- folders
+def test_a_folder_of_clip_gives_back_both_processors(tmp_path):
+    model, processor, _ = scratch("clip", "image_text", image_size=8, patch_size=4)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, found, facts = models.load_model(str(tmp_path), "image_text")
+    assert type(again).__name__ == "CLIPModel" and facts["source"] == "folder"
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert found.image_processor.to_dict() == processor.image_processor.to_dict()
+    assert found.tokenizer.encode("a") == processor.tokenizer.encode("a")
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")

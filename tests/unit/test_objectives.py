@@ -393,5 +393,5 @@ def test_models_that_do_not_fit_are_refused(gpt2):
 
 def test_objectives_are_known_by_name():
     assert isinstance(objective("classification"), Classification) and isinstance(objective("causal_lm"), CausalLM)
-    assert OBJECTIVES.names() == ["causal_lm", "classification"]
+    assert OBJECTIVES.names() == ["causal_lm", "classification", "image_text"]
     assert not CausalLM.needs_head and not CausalLM.higher_is_better and CausalLM.metric == "perplexity"

@@ -35,12 +35,15 @@ class Head(ABC):
         closed_form: True if the head has statistics instead of gradients; an adapter that needs a gradient is then
             trained through an auxiliary cosine head, and `begin_fit`, `update`, `end_fit` fill the statistics in one
             counted pass at the experience's end.
+        by_text: True if classes are known by their names: the objective encodes the names with the host, and the head
+            scores features against them, classes that were never learnt included.
     """
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     Config: ClassVar[type[HeadConfig]] = HeadConfig
     closed_form: ClassVar[bool] = False
+    by_text: ClassVar[bool] = False
 
     module: nn.Module
 
@@ -73,6 +76,10 @@ class Head(ABC):
     @abstractmethod
     def logits(self, features: Tensor) -> Tensor:
         """Class scores [B, C] in float32, unmasked."""
+
+    def in_training(self) -> Head:
+        """The head as the training loss sees it; itself, but for heads of which a part stands still in training."""
+        return self
 
     # ---- closed-form heads only
     def begin_fit(self, rows: int, seed: int) -> None:

@@ -138,6 +138,21 @@ class Host:
             return "last"
         return "cls" if getattr(self.model, "main_input_name", "") == "pixel_values" else "mean"
 
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What full training would move: floating-point parameters, of its tower alone where one is meant.
+
+        Not CLIP's `logit_scale`, a temperature that stands still in continual training (MoRAM, RAIL, ZSCL).
+        """
+        root = "" if self.tower is None else self.towers[self.tower].path.partition(".")[0]
+        return [
+            (name, parameter)
+            for name, parameter in self.model.named_parameters()
+            if parameter.is_floating_point()
+            and name != "logit_scale"
+            and PREFIX not in name  # what other methods put in
+            and name.startswith(f"{root}." if root else "")
+        ]
+
     # ---- where things go
     def sites(
         self, roles: str | Sequence[str] = "all", layers: Iterable[int] | None = None, tower: str | None = None

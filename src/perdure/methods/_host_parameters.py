@@ -48,11 +48,6 @@ class HostParameters:
                 parameter.copy_(tensors[f"host/{name}"])
 
 
-def float_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters of a model that can train; what other methods put in is not among them."""
-    return [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and "perdure" not in name]
-
-
 def pretraining_groups(config: PretrainConfig, named: Named) -> list[dict[str, Any]]:
     """Groups of what pretrains: matrices decay, vectors (norms and biases) do not."""
     rate = {} if config.learning_rate is None else {"lr": config.learning_rate}

@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from ..config import MethodConfig, PretrainConfig
-from ._host_parameters import HostParameters, float_parameters, pretraining_groups
+from ._host_parameters import HostParameters, pretraining_groups
 from ._method import Method, register
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class APN(Method):
         ]
         mine = {id(p) for _, p in self._named("")}
         trains = config.train == "all" or config.pretrain is not None
-        self._host = HostParameters([pair for pair in float_parameters(host.model) if id(pair[1]) not in mine] * trains)
+        self._host = HostParameters([pair for pair in host.named_parameters() if id(pair[1]) not in mine] * trains)
 
     def detach(self, host: Host) -> None:
         for handle in reversed(self._handles):

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from ..config import MethodConfig, PretrainConfig
 from ..errors import BadInput
-from ._host_parameters import HostParameters, float_parameters, pretraining_groups
+from ._host_parameters import HostParameters, pretraining_groups
 from ._method import Method, register
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class FineTune(Method):
         import re
 
         pattern = re.compile(self.config.parameters)
-        every = float_parameters(host.model)
+        every = host.named_parameters()
         self._named: list[tuple[str, nn.Parameter]] = [pair for pair in every if pattern.search(pair[0])]
         if not self._named:
             raise BadInput(f"method.finetune.parameters: {self.config.parameters!r} matches no parameter of the model")

@@ -1,6 +1,7 @@
 """The model as it is: nothing learns. The first row of any language-modelling table.
 
 With a classification head nothing could be predicted without learning: `linear_probe` is the frozen baseline there.
+With class texts (CLIP, objective `image_text`) it is the zero-shot model.
 Stored: nothing. Cost per token: the host's own.
 """
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @register("frozen")
 class Frozen(Method):
-    """The frozen model as it is, for objectives that use the model's own head."""
+    """The frozen model as it is, for objectives that use the model's own head or class texts."""
 
     class Config(MethodConfig):
         pass

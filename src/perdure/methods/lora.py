@@ -28,7 +28,7 @@ from pydantic import Field, model_validator
 
 from ..config import MethodConfig, PretrainConfig, ProtectConfig
 from ..errors import BadInput
-from ._host_parameters import HostParameters, float_parameters, pretraining_groups
+from ._host_parameters import HostParameters, pretraining_groups
 from ._method import Method, register
 from ._protection import InputProtection
 
@@ -76,7 +76,7 @@ class LoRA(Method):
         self._host = host
         self._sites = host.sites(config.targets, layers=config.layers)
         self._refuse(host)
-        self._pretrained = HostParameters(float_parameters(host.model) if config.pretrain else [])
+        self._pretrained = HostParameters(host.named_parameters() if config.pretrain else [])
         self._trained = [(p, p.requires_grad) for p in host.model.parameters()]  # PEFT freezes the host
         modules = {site.path: site.module for site in self._sites}
         self._originals: list[tuple[nn.Module, str, nn.Module]] = []

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..heads import Head
+    from ..hosts import Host
 
 register = OBJECTIVES.register
 
@@ -30,6 +31,8 @@ class Objective(ABC):
         metric: what `finish` returns.
         higher_is_better: direction of the metric.
         needs_head: whether a head of ours maps features to class scores.
+        default_head: the head where none is named.
+        by_text: whether it encodes the names of classes, which a head with `by_text` needs; only such a head fits then.
     """
 
     name: ClassVar[str] = ""
@@ -38,6 +41,8 @@ class Objective(ABC):
     metric: ClassVar[Literal["accuracy", "perplexity"]]
     higher_is_better: ClassVar[bool]
     needs_head: ClassVar[bool]
+    default_head: ClassVar[str] = "cosine"
+    by_text: ClassVar[bool] = False
 
     def __init__(self, config: Any):
         self.config = config
@@ -83,9 +88,28 @@ class Objective(ABC):
         count over all processes and accumulated batches.
         """
 
+    def loss_among(self, batch: Batch, output: Output, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """This process's part of the loss where several share the rows of a step; the parts are summed.
+
+        As `loss`, unless rows are contrasted with each other: those of the other processes then take part.
+        """
+        return self.loss(batch, output, allowed)
+
     @abstractmethod
     def score(self, batch: Batch, output: Output, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Parts of the metric that add up over batches: a float64 and an int64 scalar."""
+
+    def width(self, host: Host) -> int:
+        """Width D of the features that a head sees."""
+        return host.width
+
+    def unlabelled(self, rows: Rows) -> bool:
+        """Whether rows of an objective with a head have no class: they are then scored all at once, see `gathered`."""
+        return False
+
+    def gathered(self, parts: Sequence[tuple[Batch, Output]]) -> tuple[Batch, Output]:
+        """Batches of rows without a class as one, for `score`; only features are needed."""
+        raise NotImplementedError
 
     @abstractmethod
     def finish(self, total: float, count: int) -> float:

@@ -65,7 +65,7 @@ class Classification(Objective):
             if row.get("image") is None:
                 require(row, position, "text", str, REMEDY)
             else:
-                _image(row, position)
+                image_of(row, position)
         if rows:
             images = _are_images(rows)
             image_processor_of(processor) if images else tokenizer_of(processor)
@@ -122,7 +122,7 @@ class Classification(Objective):
             raise ValueError(f"augmentation needs one seed for each of {len(rows)} rows")
         out = []
         for position, row in enumerate(rows):
-            image = _image(row, position)
+            image = image_of(row, position)
             if augment and seeds is not None:
                 image = flip_crop(image, seeds[position])
             out.append({"pixel_values": encode_image(processor, image)})
@@ -146,7 +146,7 @@ class Classification(Objective):
                 "input_ids": pad_right(ids, encoded[0]["pad"]),
                 "attention_mask": pad_right([[1] * len(i) for i in ids], 0),
             }
-        return Batch(inputs, _label_ids(rows, labels), rows, index_tensor(rows, index))
+        return Batch(inputs, class_ids(rows, labels), rows, index_tensor(rows, index))
 
     # ---- the model
     def forward(self, model: Any, head: Head | None, batch: Batch, pooling: str | None = None) -> Output:
@@ -176,15 +176,8 @@ class Classification(Objective):
 
     # ---- loss and score
     def loss(self, batch: Batch, output: Output, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        from torch.nn.functional import cross_entropy
-
-        logits, labels = _logits(batch, output)
-        _check_own(labels, logits, allowed)
-        counted = labels != -100
-        if allowed is not None:
-            # A row that counts nothing may have no class of its own group: leave its scores finite, else 0 · inf = NaN.
-            logits = logits.masked_fill(~(allowed | ~counted[:, None]), float("-inf"))
-        return cross_entropy(logits, labels, ignore_index=-100, reduction="sum"), counted.sum()
+        summed, counted = classification_terms(batch, output, allowed)
+        return summed, counted.sum()
 
     def score(self, batch: Batch, output: Output, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         logits, labels = _logits(batch, output)
@@ -195,6 +188,19 @@ class Classification(Objective):
     def finish(self, total: float, count: int) -> float:
         """Accuracy in [0, 1]."""
         return float(total) / int(count) if count else float("nan")
+
+
+def classification_terms(batch: Batch, output: Output, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy over the allowed classes ([C] or [B, C]), and which rows [B] count."""
+    from torch.nn.functional import cross_entropy
+
+    logits, labels = _logits(batch, output)
+    _check_own(labels, logits, allowed)
+    counted = labels != -100
+    if allowed is not None:
+        # A row that counts nothing may have no class of its own group: leave its scores finite, else 0 · inf = NaN.
+        logits = logits.masked_fill(~(allowed | ~counted[:, None]), float("-inf"))
+    return cross_entropy(logits, labels, ignore_index=-100, reduction="sum"), counted
 
 
 def _logits(batch: Batch, output: Output) -> tuple[Tensor, Tensor]:
@@ -222,7 +228,7 @@ def _check_own(labels: Tensor, logits: Tensor, allowed: Tensor | None) -> None:
         )
 
 
-def _label_ids(rows: Rows, labels: Mapping[str, int] | None) -> Tensor | None:
+def class_ids(rows: Rows, labels: Mapping[str, int] | None) -> Tensor | None:
     import torch
 
     if labels is None:
@@ -245,7 +251,7 @@ def _are_images(rows: Rows) -> bool:
     return images > 0
 
 
-def _image(row: Mapping[str, Any], position: int) -> np.ndarray:
+def image_of(row: Mapping[str, Any], position: int) -> np.ndarray:
     try:
         return to_rgb(row["image"])
     except BadInput as error:
