@@ -332,7 +332,7 @@ def captioned(number: int, colours: list[str], seed: int = 0) -> list[dict[str, 
 
 
 def test_captions_are_learnt_and_scored_by_retrieval_over_the_split():
-    done = learner(epochs=25, learning_rate=2e-2, per_device_eval_batch_size=2, per_device_train_batch_size=3)
+    done = learner(epochs=12, learning_rate=2e-2, per_device_eval_batch_size=2, per_device_train_batch_size=3)
     experience = Experience(0, "pairs", train=captioned(12, ["r", "g", "b"]), test=captioned(6, ["r", "g", "b"], 1))
     before = done.evaluate([experience])[0]
     done.learn(experience)
