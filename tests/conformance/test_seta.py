@@ -272,6 +272,22 @@ def test_the_oracle_says_what_it_lacks():
         assert torch.equal(outputs(learner, known[:1]), outputs(base, known[:1]))
 
 
+def test_the_router_log_numbers_experts_at_rest_first():
+    learner = learner_on("bert")
+    made = cases.experiences("bert")
+    for experience in made[:2]:
+        learner.learn(experience)
+    method: Any = learner.methods[0]
+    experts, log = method.values["experts"], learner.services.router_log
+    trains = [1 in e for e in experts]
+    assert trains == [False, True, True]  # the rest of the first expert, what is shared, what is new
+    summary = log.summary()
+    assert set(summary) == set(method.banks)
+    for figures in summary.values():
+        assert figures["items"] == 3 and figures["new_items"] == 2 and figures["output_ratio"] > 0
+        assert figures["new_share"] == pytest.approx(2 / 3) and 0 < figures["mass"] < 3
+
+
 # ---- generation
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 256, "eos_token_id": None}
 
@@ -341,6 +357,17 @@ def test_what_cannot_be_honoured_is_refused_by_name():
     enable()
     with pytest.raises(BadInput, match="gradient checkpointing"):
         learner.learn(cases.experiences("llama")[0])
+
+
+def test_rehearsed_rows_have_no_oracle():
+    model, processor = cases.build_host("gpt2")
+    learner = Learner(
+        model, processor, method=[{"seta": {**SMALL, "gate": "oracle"}}, {"er": {"budget": 8, "per_step": 2}}],
+        objective={"causal_lm": {"block_size": 32}}, protocol={"rehearsal": 8, "task_id": "test"},
+        training={"per_device_train_batch_size": 4},
+    )  # fmt: skip
+    with pytest.raises(BadInput, match="does not know the tasks of rehearsed rows"):
+        learner.learn(with_tasks(cases.experiences("gpt2"))[0])
 
 
 def test_closing_past_experts():

@@ -30,11 +30,14 @@ class Decision(threading.local):
         gates: [B, T, E], or [B, 1, E] where one decision holds for all tokens.
         address: [B, D], pooled hidden state of each sequence, detached.
         tasks: task id of each row, where it was given from outside.
+        order: expert -> its number in reports, where those at rest come first. resting: how many these are.
     """
 
     gates: Tensor | None = None
     address: Tensor | None = None
     tasks: Sequence[int] | None = None
+    order: Sequence[int] = ()
+    resting: int = 0
 
     @contextmanager
     def given(self, tasks: Sequence[int]) -> Iterator[None]:
@@ -85,6 +88,7 @@ class SequenceGate(nn.Module):
             past tasks (0 for the new unique expert).
         mean, variance [tasks, D]: Gaussian of each task's addresses. drawn [n, D]: draws from those of past tasks.
         members: task id -> experts that learnt it, for the oracle; set by the method.
+        order, resting: see `Decision`; set by the method.
         task: the task of all rows for which none was given (the one being learnt).
     """
 
@@ -107,7 +111,8 @@ class SequenceGate(nn.Module):
         self.decision = Decision()
         self.members: dict[int, list[int]] = {}
         self.task: int | None = None
-        self.old_experts = 0
+        self.order: list[int] = []
+        self.resting = 0
 
     def extra_repr(self) -> str:
         return f"width={self.width}, experts={self.bias.numel()}, mode={self.mode!r}"
@@ -115,6 +120,7 @@ class SequenceGate(nn.Module):
     # ---- in the forward pass
     def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, rest: Rest) -> Tensor:
         """A block function: returns `hidden` as it is and leaves the decision for the layers."""
+        self.decision.order, self.decision.resting = self.order, self.resting
         if rest.past:
             kept = (rest.notes or {}).get("gates")
             if kept is None or kept.shape[0] != hidden.shape[0]:
@@ -128,10 +134,6 @@ class SequenceGate(nn.Module):
         self.decision.gates, self.decision.address = gates, address
         if rest.notes is not None:
             rest.notes["gates"] = gates[:, -1:].detach()
-        if is_observed() and self.bias.numel():
-            every = torch.arange(gates.shape[-1], device=gates.device).expand_as(gates)
-            routing = Routing(every, gates, gates, gates.shape[-1])
-            report("gate", routing if gates.shape[1] > 1 else routing.reshape(gates.shape[0]), self.old_experts)
         return hidden
 
     def decide(self, hidden: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
@@ -258,10 +260,13 @@ class SparseExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] -> [..., d_out], in x's dtype (autocast's inside autocast); zeros for an empty bank."""
-        bank = self.bank
-        if not bank.size:
+        bank, decision = self.bank, self.decision
+        if not bank.size and not is_observed():
             return x.new_zeros(*x.shape[:-1], bank.out_features)
-        gates = self.decision.for_tokens(x, self.site)
+        gates = decision.for_tokens(x, self.site)
+        if is_observed():
+            numbers = torch.tensor(decision.order, dtype=torch.int64, device=gates.device).expand_as(gates)
+            report(self.site, Routing(numbers, gates, gates, gates.shape[-1]), decision.resting)
         flat = x.reshape(-1, x.shape[-1])
         dy = sparse_delta(
             flat, gates, bank.frozen_values, bank.new_values, *bank.entries(), bank.out_features, self.path

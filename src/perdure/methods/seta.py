@@ -238,7 +238,9 @@ class SETA(Method):
             for task in {each for each in tasks if each is not None}
         }
         gate.task = tasks[-1] if tasks else None
-        gate.old_experts = sum(len(tasks) - 1 not in e for e in self.values["experts"])
+        trains = [len(tasks) - 1 in e for e in self.values["experts"]]
+        at_rest_first = sorted(range(len(trains)), key=trains.__getitem__)
+        gate.order, gate.resting = sorted(range(len(trains)), key=at_rest_first.__getitem__), trains.count(False)
 
     def _lay_out(self, task: int, supports: dict[str, Support], shares: Shares, scores: dict[str, Tensor]) -> None:
         """Gives the banks their entries. The experts of this task train, shared ones pulled to where they are now."""
@@ -282,12 +284,12 @@ class SETA(Method):
                 "model: gradient checkpointing computes blocks again without the gate's decision, which method seta "
                 "cannot honour; switch it off (gradient_checkpointing_disable)"
             )
-        if self.config.gate == "oracle" and batch.rehearsed is not None:
-            raise BadInput("method.seta.gate: oracle does not know the tasks of rehearsed rows; use learned")
         return batch
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         config, found = self.config, {}
+        if config.gate == "oracle" and batch.rehearsed is not None:  # a later method of the list has put them in
+            raise BadInput("method.seta.gate: oracle does not know the tasks of rehearsed rows; use learned")
         if config.anchor and self.values["anchored"]:
             found["anchor"] = config.anchor * sum(bank.pulled() for bank in self.banks.values())
         if config.gate == "learned" and len(self.values["tasks"]) > 1 and (config.routing or config.close):
