@@ -34,10 +34,10 @@ experts, the control: every task gets all of M_t for itself.
 A causal host must not look ahead, and plain text has no marked prompt: token i takes the mean over tokens up to i, of
 the first `prompt_tokens`; from there on the decision stands. In generation with a cache it is kept from the prompt.
 
-Stored: 12 bytes an entry (position, expert, value) and 4 for importance, |∪ M_t| entries in all; the gate, E (D + 1)
-numbers; two vectors of D a task. Cost per token and map: one multiply-add an entry, d_in per expert for the gates;
-before each experience a forward and backward pass over `probe_rows` rows. Removal: rollback; shared experts have no
-single owner.
+Stored: 16 bytes an entry (position, expert, value, importance), |∪ M_t| entries in all; the gate, E (D + 1) numbers
+twice; two vectors of D a task and `draws` a past one. Cost per token and map: one multiply-add an entry, d_in an expert
+for the gates; before each experience a forward and backward pass over `probe_rows` rows. Removal: rollback; shared
+experts have no single owner.
 """
 
 from __future__ import annotations
