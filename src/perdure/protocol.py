@@ -72,6 +72,11 @@ def check_granted(methods: Sequence[Method], protocol: ProtocolConfig, training:
     for method in methods:
         if "task_id" in method.needs and protocol.task_id == "none":
             raise ProtocolRefused(f"protocol.task_id: is none, but {method.name} needs it; set it to train or test")
+        if "task_id_at_test" in method.needs and protocol.task_id != "test":
+            raise ProtocolRefused(
+                f"protocol.task_id: is {protocol.task_id}, but {method.name} with these settings needs it at test too; "
+                "set it to test"
+            )
         if {"boundaries", "old_model", "all_data"} & method.needs and protocol.boundaries == "none":
             raise ProtocolRefused(f"protocol.boundaries: is none, but {method.name} needs them; set it to train")
         if getattr(method.config, "pretrain", None) is not None and protocol.boundaries == "none":

@@ -33,6 +33,7 @@ SETTINGS: dict[str, Any] = {
     "moram": {"moram": {"rank": 2, "top_k": 2, "dropout": 0.1}},
     "apn": {"apn": {**PATCHES, "dropout": 0.1}},
     "er": {"er": {"budget": 12, "per_step": 4}},
+    "seta": {"seta": {"density": 0.05, "gate_layer": 1, "prompt_tokens": 4, "draws": 8, "smallest": 4}},
     "joint": [{"lora": {"rank": 2}}, "joint"],
 }
 # nothing trains before the last experience, or ever: there is no state from the middle of the second

@@ -25,6 +25,7 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "linear_probe+ridge": ("linear_probe", {"ridge": {"features": 32}}),
     "lora": ({"lora": {"rank": 2, "dropout": 0.1}}, "linear"),
     "lora-protected": ({"lora": {"rank": 2, "dropout": 0.1, "protect": {"inputs": 0.5}}}, "cosine"),
+    "seta": ({"seta": {"density": 0.1, "gate_layer": 0, "smallest": 2, "draws": 4}}, "cosine"),
     "joint": ([{"lora": {"rank": 2}}, "joint"], "cosine"),
     "er": ({"er": {"budget": 9, "per_step": 3}}, "cosine"),
     "moram": ({"moram": MORAM}, "cosine"),

@@ -49,12 +49,15 @@ class Rest:
         causal: whether a token sees only what comes before it.
         past: tokens that the KV cache of this layer held before this call; 0 without a cache.
         arguments: the block's other arguments by name (not to be changed).
+        notes: where a function may keep what later calls with the same KV cache need (a decision made on the prompt);
+            it lives and dies with the cache. None without a cache.
     """
 
     layer: int
     causal: bool
     past: int
     arguments: Mapping[str, Any]
+    notes: dict[str, Any] | None = None
 
 
 BlockFunction = Callable[[Tensor, "Tensor | None", "Tensor | None", Rest], "Tensor | Insertion"]
@@ -230,7 +233,8 @@ class _Runner:
         if real is None:
             real = masks.token_mask(call.get("attention_mask"), batch, tokens, offset)
         causal = bool(self.causal if call.get("is_causal") is None else call.get("is_causal"))
-        rest = Rest(self.layer, causal, past, call.everything())
+        notes = None if cache is None else caches.notes(cache, self.cache_layer, key)
+        rest = Rest(self.layer, causal, past, call.everything(), notes)
         made = _checked(self.module._modules[name](hidden, real, call.get("position_ids"), rest), hidden, key)  # type: ignore[misc]
         at, count, hidden = _AT[made.where], made.count, made.hidden
 

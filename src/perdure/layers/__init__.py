@@ -2,5 +2,6 @@
 
 from .linear import LinearMemory
 from .patches import PatchLayer
+from .sparse_experts import SequenceGate, SparseExperts
 
-__all__ = ["LinearMemory", "PatchLayer"]
+__all__ = ["LinearMemory", "PatchLayer", "SequenceGate", "SparseExperts"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .kernels.atoms import Respond, dense_values, gather_values, joined
+from .kernels.sparse import Entries, SparseDelta
 from .routing import Routing, cosine, effective_k, open_items, routing_dtype, select, weight
 
 Path = Literal["auto", "reference", "dense", "gather"]
@@ -26,6 +27,49 @@ GROUP_FROM = 8  # times k
 def choose_path(size: int, k: int, device: torch.device | str = "cpu") -> Literal["dense", "gather"]:
     """The faster way to apply the values of N = size atoms, k of them selected."""
     return "gather" if size >= GATHER_FROM * k else "dense"
+
+
+def sparse_delta(
+    x: Tensor,
+    gates: Tensor,
+    frozen_values: Tensor,
+    new_values: Tensor,
+    frozen: Entries,
+    new: Entries,
+    out_features: int,
+    path: Literal["auto", "reference", "sparse"] = "auto",
+) -> Tensor:
+    """Gated sparse weight deltas (SETA-style, INFERRED): dy_t = sum_e g_te (M_e * Delta_e) x_t.
+
+    Sums run in float32 (float64 if x is float64), also under autocast.
+
+    Args:
+        x: [N, d_in]. gates: [N, E]. frozen_values [n], new_values [m] with their entries.
+        path: "sparse" makes one sparse product per expert; "reference" writes out one weight per token and is
+            differentiable twice; "auto" is "sparse".
+    Returns:
+        dy [N, d_out] in x's dtype (autocast's inside autocast).
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    out_dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
+    dtype = routing_dtype(x, gates)
+    with torch.autocast(device_type=device, enabled=False):
+        tensors = [tensor.to(dtype) for tensor in (x, gates, frozen_values, new_values)]
+        if path == "reference":
+            deltas = [_dense(v, at, gates.shape[1], out_features, x.shape[1])
+                      for v, at in zip(tensors[2:], (frozen, new), strict=True)]  # fmt: skip
+            total = deltas[0] + deltas[1]
+            dy = reference.modulated_weight(tensors[0], tensors[1], torch.ones_like(total), total)
+        else:
+            dy = SparseDelta.apply(*tensors, frozen, new, out_features)
+    return dy.to(out_dtype)
+
+
+def _dense(values: Tensor, at: Entries, experts: int, rows: int, columns: int) -> Tensor:
+    """[E, d_out, d_in] of one part of a bank."""
+    expert = torch.cat([at.rows.new_full((stop - start,), e) for e, start, stop in at.segments] or [at.rows])
+    return values.new_zeros(experts, rows, columns).index_put((expert, at.rows, at.columns), values)
 
 
 def read_atoms(

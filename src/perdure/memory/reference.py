@@ -8,6 +8,18 @@ from torch import Tensor
 from .routing import Routing, cosine, open_items, select, select_with_reserve, self_activation, weight
 
 
+def modulated_weight(x: Tensor, gates: Tensor, masks: Tensor, deltas: Tensor) -> Tensor:
+    """SETA-style (INFERRED): dy_t = (sum_e g_te (M_e * Delta_e)) x_t, the weight of each token written out.
+
+    Args:
+        x: [N, d_in]. gates: [N, E]. masks: {0, 1} or bool [E, d_out, d_in]. deltas: [E, d_out, d_in].
+    Returns:
+        [N, d_out].
+    """
+    weights = torch.einsum("te,eoi->toi", gates, masks.to(deltas) * deltas)
+    return torch.einsum("toi,ti->to", weights, x)
+
+
 def rank_one(
     x: Tensor,
     keys: Tensor,
