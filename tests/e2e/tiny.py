@@ -29,6 +29,8 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "moram-growing": ({"moram": {**MORAM, "grow_every": 4}}, "cosine"),
     "moram-protected+ridge": ({"moram": {**MORAM, "protect": {"inputs": 0.5}}}, {"ridge": {"features": 32}}),
     "moram+er": ([{"moram": MORAM}, {"er": {"budget": 9, "per_step": 3}}], "cosine"),
+    "codyra": ({"codyra": {"rank": 3, "threshold": 0.3}}, "cosine"),
+    "random_prune": ({"random_prune": {"rank": 3, "kept_rank": 1.5}}, "cosine"),
     "frozen-lm": ("frozen", None),
     "moram-lm": ({"moram": MORAM}, None),
 }

@@ -151,9 +151,11 @@ class Site:
         Raises:
             BadInput: the weight is quantised or not on this machine.
         """
-        weight = self._float_weight(operation).detach()
-        if self.transposed:
-            weight = weight.t()
+        return self.oriented(self._float_weight(operation).detach())
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """This site's part, as a view [d_out, d_in], of a tensor laid out as the module's weight is."""
+        weight = stored.t() if self.transposed else stored
         return weight if self.out_slice is None else weight[slice(*self.out_slice)]
 
     def _float_weight(self, operation: str) -> nn.Parameter:

@@ -91,6 +91,13 @@ class Method:
         """Host parameters that this method overwrites, whether or not they train right now."""
         return []
 
+    def originals(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Of those in `touched` that are computed from their value at attach: the parameter and that value.
+
+        The value counts as part of the frozen base, which a saved state is bound to by hash.
+        """
+        return []
+
     def requires_rehearsal(self) -> int:
         """Samples of past experiences that this configuration stores at the most."""
         return 0
