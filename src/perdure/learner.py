@@ -400,11 +400,12 @@ class Learner(Loop):
         }
 
     def frozen_base(self) -> dict[str, Tensor]:
-        """The host's own tensors that no method trains or put in, by name."""
+        """The host's own tensors that no method trains or put in, by name; merged weights as they were at attach."""
         trained = {id(p) for _, p in self.named_trainable()} | {id(p) for m in self.methods for _, p in m.touched()}
+        originals = {id(p): tensor for m in self.methods for p, tensor in m.originals()}
         return {
-            name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items()
-            if id(tensor) not in trained and "perdure" not in name
+            name: originals.get(id(tensor), tensor) for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if (id(tensor) not in trained or id(tensor) in originals) and "perdure" not in name
         }  # fmt: skip
 
     def _base_name(self) -> str:

@@ -15,6 +15,7 @@ from .assembly import (
     as_labels,
     build_heads,
     check_combination,
+    check_touched,
     choose_head,
     choose_objective,
     complete_methods,
@@ -140,6 +141,7 @@ class Loop(Stepping):
         for item in self.methods:
             item.loop = self.services
             self._original.attach(item)
+        check_touched(self.methods)
         self.system = System(self).to(self.device).eval()
         self._held = hold(self.model, self.methods)
 

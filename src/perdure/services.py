@@ -97,6 +97,28 @@ class Services:
         return self._loop.counters.steps
 
     @property
+    def experience_step(self) -> int:
+        """Optimizer steps taken in the current experience, this one not counted."""
+        return self._loop.position.step
+
+    @property
+    def steps_planned(self) -> int:
+        """Optimizer steps that the current experience takes in all."""
+        return self._loop.steps_planned
+
+    def rate(self, parameter: nn.Parameter) -> float:
+        """The learning rate, schedule included, that the optimizer's last step took for `parameter`.
+
+        Raises:
+            ValueError: it does not train.
+        """
+        optimization = self._loop.optimization
+        for group in optimization.optimizer.param_groups if optimization is not None else ():
+            if any(parameter is each for each in group["params"]):
+                return float(group["lr"])
+        raise ValueError("rate: the parameter does not train")
+
+    @property
     def labels(self) -> dict[str, int]:
         """Class name -> id of all classes seen."""
         return self._loop.labels
@@ -254,7 +276,7 @@ class Services:
         loop = self._loop
         tensors, values = loop.learnt_state()
         self._previous_learnt = ({name: t.detach().clone() for name, t in tensors.items()}, copy.deepcopy(values))
-        trained = {id(p) for _, p in loop.named_trainable()}
+        trained = {id(p) for _, p in loop.named_trainable()} | {id(p) for m in loop.methods for _, p in m.touched()}
         shared = {id(p): p for p in loop.model.parameters() if id(p) not in trained and not p.requires_grad}
         inner = copy.deepcopy(loop.model, shared)
         inner.requires_grad_(False).eval()

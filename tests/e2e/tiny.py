@@ -34,6 +34,8 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "moram+er": ([{"moram": MORAM}, {"er": {"budget": 9, "per_step": 3}}], "cosine"),
     "apn": ({"apn": {**APN, "dropout": 0.1}}, "cosine"),
     "apn-lm": ({"apn": {**APN, "place": "replace", "pretrain": {"learning_rate": 5e-3}}}, None),
+    "codyra": ({"codyra": {"rank": 3, "threshold": 0.3}}, "cosine"),
+    "random_prune": ({"random_prune": {"rank": 3, "kept_rank": 1.5}}, "cosine"),
     "frozen-lm": ("frozen", None),
     "moram-lm": ({"moram": MORAM}, None),
     "moram-clip": ({"moram": MORAM}, None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -70,6 +71,28 @@ def _dense(values: Tensor, at: Entries, experts: int, rows: int, columns: int) -
     """[E, d_out, d_in] of one part of a bank."""
     expert = torch.cat([at.rows.new_full((stop - start,), e) for e, start, stop in at.segments] or [at.rows])
     return values.new_zeros(experts, rows, columns).index_put((expert, at.rows, at.columns), values)
+
+
+def gated_low_rank(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor) -> Tensor:
+    """Effect of gated rank-1 components (CoDyRA): dy = Σ_i g_i (a_i . x) b_i.
+
+    Args:
+        x: [..., d_in]. keys: a_i [r, d_in]. values: b_i [r, d_out]. gates: g [r].
+    Returns:
+        [..., d_out], in the wider of the dtypes of x and the components (autocast's inside autocast).
+    """
+    dtype = torch.promote_types(x.dtype, keys.dtype)
+    responses = F.linear(x.to(dtype), keys.to(dtype)) * gates.to(dtype)
+    return F.linear(responses, values.t().to(dtype))
+
+
+def low_rank_update(keys: Tensor, values: Tensor) -> Tensor:
+    """ΔW = Σ_i b_i a_iᵀ as float64 [d_out, d_in] on the CPU: what merging adds to a weight, the same on every device.
+
+    Args:
+        keys: a_i [n, d_in]. values: b_i [n, d_out], gates folded in.
+    """
+    return values.detach().cpu().double().t() @ keys.detach().cpu().double()
 
 
 def read_atoms(

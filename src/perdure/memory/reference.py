@@ -20,6 +20,19 @@ def modulated_weight(x: Tensor, gates: Tensor, masks: Tensor, deltas: Tensor) ->
     return torch.einsum("toi,ti->to", weights, x)
 
 
+def gated_low_rank(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor) -> Tensor:
+    """CoDyRA: dy = ΔW x, ΔW = Σ_i g_i b_i a_iᵀ written out.
+
+    Args:
+        x: [..., d_in]. keys: a_i [r, d_in]. values: b_i [r, d_out]. gates: g [r].
+    """
+    update = sum(
+        (g * torch.outer(b, a) for g, a, b in zip(gates, keys, values, strict=True)),
+        values.new_zeros(values.shape[1], keys.shape[1]),
+    )
+    return x @ update.t()
+
+
 def rank_one(
     x: Tensor,
     keys: Tensor,
