@@ -1,6 +1,6 @@
 """Hosts: a user's own model, seen as linear maps with roles and as blocks."""
 
-from .blocks import Block, BlockAdapter, BlockFunction, Insertion, Rest
+from .blocks import Block, BlockAdapter, BlockFunction, Inserting, Insertion, Rest
 from .host import Host
 from .roles import GROUPS, ROLES
 from .sites import Handle, Site
@@ -13,6 +13,7 @@ __all__ = [
     "BlockFunction",
     "Handle",
     "Host",
+    "Inserting",
     "Insertion",
     "Rest",
     "Site",

@@ -1,5 +1,6 @@
 """Modules that stand inside a host."""
 
 from .linear import LinearMemory
+from .retrieval import PARTS, RetrievedPrompts, StaticPrompts
 
-__all__ = ["LinearMemory"]
+__all__ = ["PARTS", "LinearMemory", "RetrievedPrompts", "StaticPrompts"]
