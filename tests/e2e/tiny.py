@@ -29,6 +29,8 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "moram-growing": ({"moram": {**MORAM, "grow_every": 4}}, "cosine"),
     "moram-protected+ridge": ({"moram": {**MORAM, "protect": {"inputs": 0.5}}}, {"ridge": {"features": 32}}),
     "moram+er": ([{"moram": MORAM}, {"er": {"budget": 9, "per_step": 3}}], "cosine"),
+    "rwf": ({"rwf": {"length": 2}}, "cosine"),
+    "static_prompts-lm": ({"static_prompts": {"length": 2}}, None),
     "frozen-lm": ("frozen", None),
     "moram-lm": ({"moram": MORAM}, None),
 }

@@ -1,8 +1,8 @@
 """RwF: routing without forgetting, prompts retrieved from a block's own tokens.
 
 Masano, Bellitto, Goswami, van de Weijer, Spampinato, "Routing without Forgetting", arXiv 2603.09576 (2026). Only the
-abstract was at hand; the forward pass below is second-hand (a third-party audit and a re-implementation), no code of the
-authors was found and no equation numbers are known. Per augmented block l with tokens X [N, D]:
+abstract was at hand; the forward pass below is second-hand (a third-party audit and a re-implementation). No code of the
+authors was found, and no equation numbers are known. Per augmented block l with tokens X [N, D]:
 
     Q = LN(P) W_Q + b_Q        K = LN(X) W_K        V = LN(X) [W_V + b_V]
     A = softmax(β Q Kᵀ)        one step; a padded token has weight 0
@@ -19,14 +19,15 @@ learned queries, to the last digit: convexity says nothing about what the traine
 | W_Q, b_Q, W_K, W_V, b_V, W_O, b_O | the same names (weights as nn.Linear has them) |
 | L, heads, β | `length`, `heads`, `beta` |
 
-Stored: per block L·D + 3 D² + 2 D numbers (and D² + D with W_V), the ones that never train included; constant in the
-number of experiences. Cost per input and block: 2 H·L·N·D for scores and mix at the most, L·D² for W_O, L more tokens in
-the block; 2 L·D² once per batch for the queries. No second pass. Removal: rollback; the matrices have no single owner.
+Stored: per block L·D + 3 D² + 2 D numbers (D² + D more where W_V trains), what never trains included;
+constant in the number of experiences. Cost per input and block: (H + 1)·L·N·D for scores and mix over H heads, L·D² for
+W_O (N·D² for W_V where it trains), L more tokens in the block; once per batch 2 L·D² for the queries. No second pass.
+Removal: rollback; the matrices have no single owner.
 
 Second-hand or INFERRED: that K and V stay frozen (the audit's reading); W_V = identity; L 10 and blocks 0..2 (the
 re-implementation's); N(0, 0.02²) and β = 1/√d (defaults of the hopfield-layers library); loss, optimiser and rate, which
-the first version of the paper does not give. Default `train`: the query side and W_O, because the re-implementation found
-W_O to be what matters; `train: [P, W_Q]` is the reading nearest to the audit's.
+the first version of the paper does not give. By default the query side and W_O train, because the re-implementation
+found W_O to be what matters; `train: [P, W_Q]` is nearest to the audit's reading.
 
 Deviations: LN has no affine part, because the projection behind each holds the same functions; no b_K, because softmax
 does not see it and Adam would let it drift; keys are not formed, W_K is folded into the queries (same values). The
@@ -69,7 +70,9 @@ class RwF(BlockPrompts):
         @model_validator(mode="after")
         def _something_moves(self) -> RwF.Config:
             if self.beta == 0 and not {"W_V", "W_O"} & set(self.train):
-                raise ValueError(f"beta 0 uses no query and no key, so {', '.join(self.train)} cannot learn; add W_O")
+                raise ValueError(
+                    "beta 0 uses no query and no key, so nothing could learn; let the value or the output map train"
+                )
             return self
 
     status = "unverified"

@@ -6,13 +6,13 @@
 |---|---|
 | P_l [L, D] | `modules[block].P` |
 
-The shape is that of deep visual prompt tuning (Jia et al. 2022, "Visual Prompt Tuning", cited from memory); here it is the
-arm that tells what retrieval adds to prompts as such. As P does not depend on the input, it is causal in a language
+The shape is that of deep visual prompt tuning (Jia et al. 2022, "Visual Prompt Tuning", cited from memory); here it is
+the arm that tells what retrieval adds to prompts as such. As P does not depend on the input, it is causal in a language
 model: every token but the first of a text sees it, and generation with a cache is the same as without.
 
 Stored: k · L · D numbers for k blocks, whatever the number of experiences. Cost: L more tokens in each of the k blocks.
 Removal: rollback; the prompts have no single owner.
-Ours: k, L and the initial N(0, 0.02²), which are those of `rwf`, and one set of prompts that every experience trains on.
+Ours: k, L and the initial N(0, 0.02²), which are those of `rwf`; and one set of prompts that every experience trains.
 """
 
 from __future__ import annotations
