@@ -73,6 +73,11 @@ class Services:
         return self._loop.objective.needs_head and not (head is not None and head.by_text)
 
     @property
+    def predicts_tokens(self) -> bool:
+        """True if the loss at a token asks for the next one, so that nothing later in the text may reach it."""
+        return self._loop.objective.predicts_tokens
+
+    @property
     def write_id(self) -> int:
         """Id of the write under way, for ownership of bank items."""
         return len(self._loop.writes) - 1
@@ -113,10 +118,10 @@ class Services:
             ValueError: it does not train.
         """
         optimization = self._loop.optimization
-        for group in optimization.optimizer.param_groups if optimization is not None else ():
-            if any(parameter is each for each in group["params"]):
-                return float(group["lr"])
-        raise ValueError("rate: the parameter does not train")
+        found = optimization.rate(parameter) if optimization is not None else None
+        if found is None:
+            raise ValueError("rate: the parameter does not train")
+        return found
 
     @property
     def labels(self) -> dict[str, int]:

@@ -52,6 +52,7 @@ VARIANTS: dict[str, Any] = {
     "apn-in-place": {"apn": {**PATCHES, "place": "replace", "train": "patches+prototypes", "pretrain": {}}},
     "apn-everything": {"apn": {**PATCHES, "train": "all", "row_wise": False}},
     "lora-pretrained": {"lora": {"rank": 2, "pretrain": {"weight_decay": 0.1}}},
+    "rwf-all": {"rwf": {"length": 3, "heads": 2, "beta": 2.0, "train": ["P", "W_Q", "W_K", "W_V", "W_O"]}},
     "moram-growing": {"moram": {"rank": 2, "top_k": 2, "dropout": 0.1, "grow_every": 3}},  # without boundaries
 }
 

@@ -36,6 +36,8 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "apn-lm": ({"apn": {**APN, "place": "replace", "pretrain": {"learning_rate": 5e-3}}}, None),
     "codyra": ({"codyra": {"rank": 3, "threshold": 0.3}}, "cosine"),
     "random_prune": ({"random_prune": {"rank": 3, "kept_rank": 1.5}}, "cosine"),
+    "rwf": ({"rwf": {"length": 2}}, "cosine"),
+    "static_prompts-lm": ({"static_prompts": {"length": 2}}, None),
     "frozen-lm": ("frozen", None),
     "moram-lm": ({"moram": MORAM}, None),
     "moram-clip": ({"moram": MORAM}, None),

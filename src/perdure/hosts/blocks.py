@@ -75,6 +75,23 @@ class _Plain(nn.Module):
         return self.function(hidden, mask, positions, rest)
 
 
+class Inserting(nn.Module):
+    """Block function: puts in the tokens [B, n, D] that `maker(hidden [B, T, D], mask)` makes of the block's input.
+
+    On calls with a filled cache, where what is inserted would be left out, none are made.
+    """
+
+    def __init__(self, maker: nn.Module, where: Where = "after_first"):
+        super().__init__()
+        self.maker, self.where = maker, where
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, rest: Rest) -> Tensor | Insertion:
+        if rest.past:
+            return hidden
+        made = self.maker(hidden, mask)
+        return Insertion(caches.between(hidden, made, _AT[self.where], 1), made.shape[1], self.where)
+
+
 @dataclass(frozen=True)
 class Block:
     """One transformer block of a host.

@@ -5,6 +5,7 @@ from .effects import choose_patch_path, choose_path, read_atoms, read_patches, s
 from .merging import MergeReport, merge_duplicates
 from .observe import Observation, RouterLog, Written, is_observed, observing, report, report_written
 from .protect import InputMoments, free_directions, leading_basis, project
+from .retrieval import free_energy, least_free_energy, retrieve
 from .routing import Routing, cosine, dot, effective_k, open_items, select, self_activation, weight
 from .sparse import Shares, SparseBank, Support, share_out
 
@@ -27,8 +28,10 @@ __all__ = [
     "dot",
     "effective_k",
     "free_directions",
+    "free_energy",
     "is_observed",
     "leading_basis",
+    "least_free_energy",
     "merge_duplicates",
     "observing",
     "open_items",
@@ -37,6 +40,7 @@ __all__ = [
     "read_patches",
     "report",
     "report_written",
+    "retrieve",
     "select",
     "self_activation",
     "share_out",

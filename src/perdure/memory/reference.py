@@ -79,3 +79,41 @@ def patches(
     phi = u * torch.sigmoid(gate_scale * u + gate_bias)  # [..., K, r]
     written = torch.einsum("...kr,kdr->...kd", phi, decoders)
     return gamma * (w.unsqueeze(-1) * written).sum(-2), Routing(top, w_top, s_top, prototypes.shape[0])
+
+
+def retrieved_prompts(
+    tokens: Tensor,
+    queries: Tensor,
+    query: tuple[Tensor, Tensor],
+    key: Tensor,
+    value: tuple[Tensor, Tensor] | None,
+    output: tuple[Tensor, Tensor],
+    *,
+    heads: int,
+    beta: float,
+    mask: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """RwF: Z = softmax(beta Q K^T) V W_O + b_O with every token projected, head by head and row by row.
+
+    Args:
+        tokens: X [B, N, D]. queries: P [L, D]. mask: bool [B, N], True for real tokens.
+        query, value, output: weight [D, D] and bias [D] as nn.Linear has them. value: None for V = LN(X).
+        key: weight [D, D]; a bias would add the same number to all scores of a query.
+    Returns:
+        [B, L, D].
+    """
+
+    def normal(x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+
+    q = normal(queries) @ query[0].t() + query[1]
+    rows = []
+    for number, row in enumerate(tokens):
+        x = normal(row if mask is None else row[mask[number]])
+        k, v = x @ key.t(), x if value is None else x @ value[0].t() + value[1]
+        parts = zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1), strict=True)
+        joined = torch.cat([torch.softmax(beta * a @ b.t(), -1) @ c for a, b, c in parts], -1)
+        rows.append(joined @ output[0].t() + output[1])
+    return torch.stack(rows)
