@@ -15,7 +15,7 @@ from perdure.streams import Experience
 from . import cases
 
 SMALL = {"density": 0.1, "gate_layer": 1, "prompt_tokens": 4, "draws": 8, "smallest": 2}
-every_host = pytest.mark.parametrize("host", cases.HOSTS)
+every_host = pytest.mark.parametrize("host", [host for host in cases.HOSTS if cases.runs("seta", host)])
 
 
 def learner_on(host: str, *, protocol: dict[str, Any] | None = None, training: Any = None, **settings: Any) -> Learner:
