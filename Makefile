@@ -25,7 +25,7 @@ test: install
 lint: install
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt pyright
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "pyright[nodejs]"
 	$(BIN)/pyright
 
 speed: install

@@ -403,8 +403,9 @@ class Learner(Loop):
         """The host's own tensors that no method trains or put in, by name; merged weights as they were at attach."""
         trained = {id(p) for _, p in self.named_trainable()} | {id(p) for m in self.methods for _, p in m.touched()}
         originals = {id(p): tensor for m in self.methods for p, tensor in m.originals()}
+        found: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
         return {
-            name: originals.get(id(tensor), tensor) for name, tensor in self.model.state_dict(keep_vars=True).items()
+            name: originals.get(id(tensor), tensor) for name, tensor in found.items()
             if (id(tensor) not in trained or id(tensor) in originals) and "perdure" not in name
         }  # fmt: skip
 

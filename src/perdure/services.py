@@ -279,7 +279,7 @@ class Services:
     def remember_model(self) -> None:
         """Takes a frozen copy of the system as it is now; what is frozen already is shared, not copied."""
         loop = self._loop
-        tensors, values = loop.learnt_state()
+        tensors, values = loop.learnt_state()  # pyright: ignore[reportAttributeAccessIssue]  # it is a Learner
         self._previous_learnt = ({name: t.detach().clone() for name, t in tensors.items()}, copy.deepcopy(values))
         trained = {id(p) for _, p in loop.named_trainable()} | {id(p) for m in loop.methods for _, p in m.touched()}
         shared = {id(p): p for p in loop.model.parameters() if id(p) not in trained and not p.requires_grad}

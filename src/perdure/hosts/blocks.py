@@ -83,7 +83,8 @@ class Inserting(nn.Module):
 
     def __init__(self, maker: nn.Module, where: Where = "after_first"):
         super().__init__()
-        self.maker, self.where = maker, where
+        self.maker = maker
+        self.where: Where = where
 
     def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, rest: Rest) -> Tensor | Insertion:
         if rest.past:

@@ -253,7 +253,8 @@ class SparseExperts(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.bank = SparseBank(in_features, out_features)
-        self.site, self.decision, self.path = site, decision, path
+        self.site, self.decision = site, decision
+        self.path: Literal["auto", "reference", "sparse"] = path
 
     def extra_repr(self) -> str:
         return f"site={self.site!r}"
