@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from perdure.config import ProtocolConfig, TrainingConfig
 from perdure.registry import HEADS, METHODS
 from tests.conformance import matrix_page
 
@@ -63,6 +64,12 @@ def test_every_method_has_a_page(name: str) -> None:
 
 def test_every_page_is_about_a_method() -> None:
     assert {page.stem for page in (DOCS / "methods").glob("*.md")} == set(NAMES)
+
+
+@pytest.mark.parametrize("block", [TrainingConfig, ProtocolConfig])
+def test_every_setting_of_training_and_protocol_is_explained(block: type[TrainingConfig | ProtocolConfig]) -> None:
+    text = (DOCS / "training.md").read_text(encoding="utf-8")
+    assert [field for field in block.model_fields if f"`{field}`" not in text] == []
 
 
 def test_the_page_of_methods_on_hosts_says_what_the_battery_checks() -> None:
