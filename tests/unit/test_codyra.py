@@ -77,7 +77,9 @@ def test_merged_equals_unmerged(name: str, host: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", SPECS)
 def test_w0_comes_back_bit_for_bit(name: str, host: str, dtype: torch.dtype) -> None:
     learner, before = learnt(host, SPECS[name], dtype=dtype)
-    adapted = {f"{site.path}.weight" for site in learner.host.sites("all")}
+    sites, parts = learner.host.sites("all"), learner.methods[0].components  # type: ignore[attr-defined]
+    adapted = {f"{site.path}.weight" for site in sites if parts[site.name].bank.size}  # chance may leave a map nothing
+    assert len(adapted) > len(sites) / 3  # sites of a fused map share one weight
     assert changed(learner.model, before) == adapted
     base = learner.frozen_base()
     assert all(torch.equal(base[each], before[each]) for each in adapted), "W0 is part of the base that is hashed"
