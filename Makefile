@@ -25,7 +25,7 @@ test: install
 lint: install
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt pyright
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "pyright[nodejs]"
 	$(BIN)/pyright
 
 speed: install
@@ -35,6 +35,7 @@ speed: install
 docs: install
 	$(BIN)/python -m perdure.evaluation.ledger docs/results.md results/ledger.jsonl
 	$(BIN)/python -m perdure.results results/ledger.jsonl
+	$(BIN)/python -m tests.conformance.matrix_page docs/hosts.md
 
 clean:
 	rm -rf $(VENV) runs build dist src/*.egg-info

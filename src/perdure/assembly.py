@@ -88,6 +88,16 @@ def check_combination(
         )
 
 
+def check_touched(methods: Sequence[Method]) -> None:
+    """Raises BadInput where two attached methods overwrite one parameter: one would undo the other."""
+    owners: dict[int, str] = {}
+    for method in methods:
+        for name, parameter in method.touched():
+            other = owners.setdefault(id(parameter), method.name)
+            if other != method.name:
+                raise BadInput(f"method: {other} and {method.name} both overwrite {name}; keep one of them")
+
+
 def _one(registry: Registry, spec: Any, field: str) -> Any:
     pairs = registry.parse(spec, field)
     if len(pairs) > 1:

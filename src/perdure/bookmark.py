@@ -48,6 +48,7 @@ class Bookmark:
             "labels": dict(loop.labels), "history": list(loop.history), "writes": list(loop.writes),
             "position": replace(loop.position), "counters": replace(loop.counters), "current": loop.current,
             "optimization": loop.optimization, "_features": dict(loop._features), "_finite": None,
+            "_early": None,
         }  # fmt: skip
         self._heads = [HeadMark(head) for head in (loop.head, loop.auxiliary_head) if head is not None]
         self._replay = {name: copy.copy(value) for name, value in vars(loop.replay).items() if name != "generator"}

@@ -86,6 +86,15 @@ class PretrainConfig(Strict):
     """Of that experience, on matrices alone."""
 
 
+class EarlyStoppingConfig(Strict):
+    """Training of an experience ends when its validation loss falls no more, and goes back to the lowest."""
+
+    every: int = Field(10, ge=1)
+    """Optimizer steps between two looks at the validation rows; the last step is one too."""
+    patience: int = Field(3, ge=1)
+    """Looks without a lower loss after which training of the experience ends."""
+
+
 class TrainingConfig(Strict):
     """How the loop trains; names as in the Hugging Face Trainer where the meaning is the same."""
 
@@ -99,6 +108,8 @@ class TrainingConfig(Strict):
     """Passes over each experience."""
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps per experience at the most."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """Needs validation rows in every experience (`stream.validation`)."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_grad_norm: float | None = Field(1.0, gt=0)
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"

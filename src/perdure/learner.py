@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from .arrivals import arrival, learn_spooled
 from .assembly import as_labels
 from .attachment import holds, release
-from .bookkeeping import Counters, Past, Position, Unlearnt, quiet
+from .bookkeeping import Counters, Past, Position, quiet
 from .data import Batch, Output, Row, Rows
+from .early_stopping import EarlyStopping
 from .errors import BadInput
 from .heads import Head
 from .loading import derived_seed
@@ -70,7 +71,7 @@ class Learner(Loop):
         total = torch.zeros(2, dtype=torch.float64)
         parts = []
         with quiet(self.model), torch.no_grad(), self.classes_encoded():
-            for batch in self._scored_batches(experience, split, rows):
+            for batch in self.scored_batches(experience, split, rows):
                 with self.autocast():
                     output = self.forward(_without_answers(batch))
                 if together:  # every row is scored against all others
@@ -91,21 +92,6 @@ class Learner(Loop):
         generator = torch.Generator().manual_seed(0)  # the same rows for every arm and seed
         chosen = torch.randperm(len(rows), generator=generator)[:limit].sort().values.tolist()
         return [rows[number] for number in chosen]
-
-    def _scored_batches(self, experience: Experience, split: str, rows: Rows) -> Any:
-        labels = Unlearnt((name, number) for number, name in enumerate(self.class_names))
-        if not self.caches_features:
-            for batch in self.batches(rows, labels, by_length=True):
-                yield self._with_task(batch, experience)
-            return
-        features = self._cached_features(experience, split, rows)
-        ids = torch.tensor([labels[str(row["label"])] for row in rows])
-        yield self._with_task(Batch({}, ids, rows, features=features).to(self.device), experience)
-
-    def _with_task(self, batch: Batch, experience: Experience) -> Batch:
-        if self.protocol.task_id != "test" or experience.task is None:
-            return batch
-        return replace(batch, task=torch.full((len(batch),), experience.task, device=self.device))
 
     def _allowed_at_test(self, experience: Experience) -> Tensor | None:
         if self.head is None:
@@ -262,6 +248,9 @@ class Learner(Loop):
         tensors["generator"] = generator_state(self.generator)
         if self.position.phase == "train" and self._asked is not None:
             tensors["sampler"] = self._asked
+        if self._early is not None:
+            found, values["early"] = self._early.state_dict()
+            tensors |= _prefixed("early", found)
         found, values["replay"] = self.replay.state_dict()
         tensors |= _prefixed("replay", found)
         found, values["previous"] = self.services.previous_state()
@@ -312,6 +301,11 @@ class Learner(Loop):
             self._optimize_anew()
             assert self.optimization is not None
             self.optimization.load_state_dict(_under("optimizer", tensors), values["optimizer"])
+        self._early = None
+        stopping = self.training.early_stopping
+        if "early" in values and stopping is not None:
+            self._early = EarlyStopping(stopping.every, stopping.patience)
+            self._early.load_state_dict(_under("early", tensors), values["early"])
         set_generator_state(self.generator, tensors["generator"])
         self._asked = tensors.get("sampler")
         set_rng_state(_under("rng", tensors), values["rng"])
@@ -400,11 +394,13 @@ class Learner(Loop):
         }
 
     def frozen_base(self) -> dict[str, Tensor]:
-        """The host's own tensors that no method trains or put in, by name."""
+        """The host's own tensors that no method trains or put in, by name; merged weights as they were at attach."""
         trained = {id(p) for _, p in self.named_trainable()} | {id(p) for m in self.methods for _, p in m.touched()}
+        originals = {id(p): tensor for m in self.methods for p, tensor in m.originals()}
+        found: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
         return {
-            name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items()
-            if id(tensor) not in trained and "perdure" not in name
+            name: originals.get(id(tensor), tensor) for name, tensor in found.items()
+            if (id(tensor) not in trained or id(tensor) in originals) and "perdure" not in name
         }  # fmt: skip
 
     def _base_name(self) -> str:

@@ -15,6 +15,7 @@ from .assembly import (
     as_labels,
     build_heads,
     check_combination,
+    check_touched,
     choose_head,
     choose_objective,
     complete_methods,
@@ -25,6 +26,7 @@ from .bookkeeping import Counters, Past, Position, quiet
 from .bookmark import Bookmark, HeadMark
 from .config import ProtocolConfig, TrainingConfig
 from .data import Batch, Output, Rows
+from .early_stopping import EarlyStopping, check_early_stopping
 from .errors import BadInput
 from .heads import Head
 from .hosts import Host
@@ -100,6 +102,7 @@ class Loop(Stepping):
         self.head = choose_head(head, self.objective)
         self.declared = as_labels(classes)
         check_granted(self.methods, self.protocol, self.training)
+        check_early_stopping(self.methods, self.training, self.protocol)
         check_combination(self.methods, self.objective, self.head, self.protocol, self.declared)
         self.host = Host(model, getattr(self.objective.config, "tower", None))
         refuse_taken(model)
@@ -140,6 +143,7 @@ class Loop(Stepping):
         for item in self.methods:
             item.loop = self.services
             self._original.attach(item)
+        check_touched(self.methods)
         self.system = System(self).to(self.device).eval()
         self._held = hold(self.model, self.methods)
 
@@ -279,7 +283,7 @@ class Loop(Stepping):
         self.tick()
 
     def _leave(self) -> None:
-        self.position = Position(self.position.experience + 1, 0, "boundary")
+        self.position, self._early = Position(self.position.experience + 1, 0, "boundary"), None
         if self.protocol.boundaries == "train":
             self.optimization = None
 
@@ -314,7 +318,7 @@ class Loop(Stepping):
         told = self._tells
         if told and self.history and any("old_model" in method.needs for method in self.methods):
             self.services.remember_model()  # before the heads grow
-        self.current, self._asked = experience, None
+        self.current, self._asked, self._early = experience, None, EarlyStopping.of(self.training, experience)
         grew = self._see(labels)
         self.history.append(Past(experience.index, experience.name, labels, experience.hash))
         self.writes.append(

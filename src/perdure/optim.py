@@ -99,6 +99,14 @@ class Optimization:
             return None
         return nn.utils.clip_grad_norm_([p for _, p in self.named], self.training.max_grad_norm)
 
+    def rate(self, parameter: nn.Parameter) -> float | None:
+        """Learning rate, schedule included, of the group that holds `parameter`; None where it does not train."""
+        for optimizer in self.kinds.values():
+            for group in optimizer.param_groups:
+                if any(parameter is each for each in group["params"]):
+                    return float(group["lr"])
+        return None
+
     def values(self) -> dict[str, Tensor]:
         """Copies of all trained parameters, for methods that compare before and after the step."""
         return {name: p.detach().clone() for name, p in self.named}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,6 +74,24 @@ class Passes:
             picked = take(rows, chosen)
             batch = make_batch(self.objective, self.processor, picked, known, chosen, training=False, seeds=None)
             yield batch.to(self.device)
+
+    def scored_batches(self, experience: Experience, split: str, rows: Rows) -> Iterator[Batch]:
+        """Evaluation batches of rows of one split, the shortest first, with the task id where it is granted at test."""
+        task = experience.task if self.protocol.task_id == "test" else None
+        labels = Unlearnt((name, number) for number, name in enumerate(self.class_names))
+        if not self.caches_features:
+            for batch in self.batches(rows, labels, by_length=True):
+                yield self.with_task(batch, task)
+            return
+        features = self._cached_features(experience, split, rows)
+        ids = torch.tensor([labels[str(row["label"])] for row in rows])
+        yield self.with_task(Batch({}, ids, rows, features=features).to(self.device), task)
+
+    def with_task(self, batch: Batch, task: int | None) -> Batch:
+        """The batch with the task id of each row; as it is where there is none."""
+        if task is None:
+            return batch
+        return replace(batch, task=torch.full((len(batch),), task, device=self.device))
 
     def _cached_features(self, experience: Experience, split: str, rows: Rows) -> Tensor:
         key = (experience.hash, split)  # the content, not the index: another stream may be scored too

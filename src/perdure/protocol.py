@@ -45,12 +45,12 @@ def check_head(methods: Sequence[Method], objective: Any, head: Any, protocol: P
             "protocol.label_space: is declared, but only a head that knows classes by their names (class_text) can "
             "predict one that was never learnt; set it to seen"
         )
-    if protocol.mask == "all" and by_text:
+    if head is not None and by_text and protocol.mask == "all":
         raise BadInput(
             f"protocol.mask: is all, but in training head {head.name} scores the classes learnt; use current or seen"
         )
     idle = [method.name for method in methods if method.learns]
-    if by_text and idle and not any(method.adapts for method in methods):
+    if head is not None and by_text and idle and not any(method.adapts for method in methods):
         raise BadInput(
             f"method: {', '.join(idle)} trains a head only, and head {head.name} has nothing that trains; use frozen "
             "for the model as it is, or a method that adapts it (finetune, lora, moram)"
@@ -72,6 +72,11 @@ def check_granted(methods: Sequence[Method], protocol: ProtocolConfig, training:
     for method in methods:
         if "task_id" in method.needs and protocol.task_id == "none":
             raise ProtocolRefused(f"protocol.task_id: is none, but {method.name} needs it; set it to train or test")
+        if "task_id_at_test" in method.needs and protocol.task_id != "test":
+            raise ProtocolRefused(
+                f"protocol.task_id: is {protocol.task_id}, but {method.name} with these settings needs it at test too; "
+                "set it to test"
+            )
         if {"boundaries", "old_model", "all_data"} & method.needs and protocol.boundaries == "none":
             raise ProtocolRefused(f"protocol.boundaries: is none, but {method.name} needs them; set it to train")
         if getattr(method.config, "pretrain", None) is not None and protocol.boundaries == "none":

@@ -31,7 +31,7 @@ INDEX_FILE = "_index.json"
 @functools.cache
 def _entry_points() -> EntryPoints:
     """Those of all installed packages; reading them takes longer than reading our own plug-ins."""
-    return entry_points()
+    return entry_points()  # pyright: ignore[reportReturnType]  # Python 3.11 gives what it calls a dict of them
 
 
 class Registry:

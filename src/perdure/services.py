@@ -73,6 +73,11 @@ class Services:
         return self._loop.objective.needs_head and not (head is not None and head.by_text)
 
     @property
+    def predicts_tokens(self) -> bool:
+        """True if the loss at a token asks for the next one, so that nothing later in the text may reach it."""
+        return self._loop.objective.predicts_tokens
+
+    @property
     def write_id(self) -> int:
         """Id of the write under way, for ownership of bank items."""
         return len(self._loop.writes) - 1
@@ -95,6 +100,28 @@ class Services:
     def step(self) -> int:
         """Optimizer steps taken in the whole run, this one not counted."""
         return self._loop.counters.steps
+
+    @property
+    def experience_step(self) -> int:
+        """Optimizer steps taken in the current experience, this one not counted."""
+        return self._loop.position.step
+
+    @property
+    def steps_planned(self) -> int:
+        """Optimizer steps that the current experience takes in all."""
+        return self._loop.steps_planned
+
+    def rate(self, parameter: nn.Parameter) -> float:
+        """The learning rate, schedule included, that the optimizer's last step took for `parameter`.
+
+        Raises:
+            ValueError: it does not train.
+        """
+        optimization = self._loop.optimization
+        found = optimization.rate(parameter) if optimization is not None else None
+        if found is None:
+            raise ValueError("rate: the parameter does not train")
+        return found
 
     @property
     def labels(self) -> dict[str, int]:
@@ -252,9 +279,9 @@ class Services:
     def remember_model(self) -> None:
         """Takes a frozen copy of the system as it is now; what is frozen already is shared, not copied."""
         loop = self._loop
-        tensors, values = loop.learnt_state()
+        tensors, values = loop.learnt_state()  # pyright: ignore[reportAttributeAccessIssue]  # it is a Learner
         self._previous_learnt = ({name: t.detach().clone() for name, t in tensors.items()}, copy.deepcopy(values))
-        trained = {id(p) for _, p in loop.named_trainable()}
+        trained = {id(p) for _, p in loop.named_trainable()} | {id(p) for m in loop.methods for _, p in m.touched()}
         shared = {id(p): p for p in loop.model.parameters() if id(p) not in trained and not p.requires_grad}
         inner = copy.deepcopy(loop.model, shared)
         inner.requires_grad_(False).eval()

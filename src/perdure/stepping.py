@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .bookkeeping import Counters, Past, Position
 from .data import Batch, Output, Row, Rows
+from .early_stopping import EarlyStopping
 from .errors import NonFiniteLoss
 from .loading import Plan, Prefetch, derived_seed, make_batch, take, without_fillers
 from .methods import Method
@@ -45,6 +46,7 @@ class Stepping(Passes):
     _rows: Rows = ()
     _plan_now: Plan | None = None
     _bookmark: Bookmark | None = None
+    _early: EarlyStopping | None = None
     _asked: Tensor | None = None
 
     # ---- what trains
@@ -107,18 +109,25 @@ class Stepping(Passes):
                 yield [self._prepare(rows, numbers, step, features) for numbers in groups]
 
         self.model.train(not self.caches_features)
+        early = self._early
         try:
             with Prefetch(prepare) as batches:
                 for micro_batches in batches:
+                    if early is not None and early.over:
+                        break
                     logged = self.counters.steps % self.training.logging_steps == 0
                     losses = self._step(micro_batches, plan, logged)
                     self.position.step += 1
                     self.counters.steps += 1
+                    if early is not None:
+                        early.after_step(self, self.position.step)
                     if on_step is not None:
                         self.tick()
                         on_step(self, losses)
                         self._clock = time.perf_counter()  # what the caller does is no training time
             self.check_finite()
+            if early is not None:
+                early.restore(self.optimization.named)
         finally:
             self.model.eval()
             self._rows, self._plan_now = (), None
@@ -222,7 +231,7 @@ class Stepping(Passes):
             assert owner.criterion is not None
             summed, _ = owner.criterion(batch, output)
         else:
-            allowed = self._allowed(batch, output.logits) if output.logits is not None else None
+            allowed = self.allowed(batch, output.logits) if output.logits is not None else None
             loss = self.objective.loss if self._world == 1 else self.objective.loss_among
             summed, _ = loss(batch, output, allowed)
         parts = {"loss": summed / max(total, 1.0)}
@@ -271,7 +280,7 @@ class Stepping(Passes):
             found = self.accelerator.reduce(found.to(self.device), "sum")
         return found.to(self.device) > 0
 
-    def _allowed(self, batch: Batch, logits: Tensor) -> Tensor | None:
+    def allowed(self, batch: Batch, logits: Tensor) -> Tensor | None:
         """Classes that compete in the training loss: [C], or [B, C] where rehearsed rows see more than current ones."""
         if self.head is None or self.protocol.mask == "all":
             return None

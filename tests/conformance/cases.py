@@ -32,7 +32,10 @@ SETTINGS: dict[str, Any] = {
     "lora": {"lora": {"rank": 2, "dropout": 0.1}},
     "moram": {"moram": {"rank": 2, "top_k": 2, "dropout": 0.1}},
     "apn": {"apn": {**PATCHES, "dropout": 0.1}},
+    "codyra": {"codyra": {"rank": 3, "threshold": 0.3, "gate_learning_rate": 0.02}},
+    "random_prune": {"random_prune": {"rank": 3, "kept_rank": 1.5}},
     "er": {"er": {"budget": 12, "per_step": 4}},
+    "seta": {"seta": {"density": 0.05, "gate_layer": 1, "prompt_tokens": 4, "draws": 8, "smallest": 4}},
     "joint": [{"lora": {"rank": 2}}, "joint"],
 }
 # nothing trains before the last experience, or ever: there is no state from the middle of the second
@@ -41,10 +44,15 @@ WITHOUT_A_MIDDLE = ("joint", "frozen")
 VARIANTS: dict[str, Any] = {
     "moram-protected": {"moram": {"rank": 2, "top_k": 2, "protect": {"inputs": 0.5}}},
     "lora-protected": {"lora": {"rank": 2, "protect": {"inputs": 0.5}}},
+    "codyra-l1+er": [
+        {"codyra": {"rank": 3, "l1": 20.0, "operator": "released"}},
+        {"er": {"budget": 12, "per_step": 4}},
+    ],
     "moram+er": [{"moram": {"rank": 2, "top_k": 2}}, {"er": {"budget": 12, "per_step": 4}}],
     "apn-in-place": {"apn": {**PATCHES, "place": "replace", "train": "patches+prototypes", "pretrain": {}}},
     "apn-everything": {"apn": {**PATCHES, "train": "all", "row_wise": False}},
     "lora-pretrained": {"lora": {"rank": 2, "pretrain": {"weight_decay": 0.1}}},
+    "rwf-all": {"rwf": {"length": 3, "heads": 2, "beta": 2.0, "train": ["P", "W_Q", "W_K", "W_V", "W_O"]}},
     "moram-growing": {"moram": {"rank": 2, "top_k": 2, "dropout": 0.1, "grow_every": 3}},  # without boundaries
 }
 

@@ -139,9 +139,8 @@ def test_a_token_whose_path_meets_no_changed_patch_keeps_its_output() -> None:
 @pytest.mark.parametrize("host", cases.HOSTS)
 def test_a_bank_beside_says_nothing_until_it_has_learnt(host: str) -> None:
     model, _ = cases.build_host(host)
-    given: Any = (
-        {"pixel_values": torch.randn(2, 3, 8, 8)} if host == "vit" else {"input_ids": torch.tensor([[5, 6, 7]])}
-    )
+    pixels, text = {"pixel_values": torch.randn(2, 3, 8, 8)}, {"input_ids": torch.tensor([[5, 6, 7]])}
+    given: Any = {"vit": pixels, "clip": {**pixels, "input_ids": torch.tensor([[5, 6, 2], [7, 8, 2]])}}.get(host, text)
     with torch.no_grad():
         before = model(**given)[0]
         attach(model, apn())

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from perdure.config import ProtocolConfig, TrainingConfig
 from perdure.registry import HEADS, METHODS
+from tests.conformance import matrix_page
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -62,6 +64,18 @@ def test_every_method_has_a_page(name: str) -> None:
 
 def test_every_page_is_about_a_method() -> None:
     assert {page.stem for page in (DOCS / "methods").glob("*.md")} == set(NAMES)
+
+
+@pytest.mark.parametrize("block", [TrainingConfig, ProtocolConfig])
+def test_every_setting_of_training_and_protocol_is_explained(block: type[TrainingConfig | ProtocolConfig]) -> None:
+    text = (DOCS / "training.md").read_text(encoding="utf-8")
+    assert [field for field in block.model_fields if f"`{field}`" not in text] == []
+
+
+def test_the_page_of_methods_on_hosts_says_what_the_battery_checks() -> None:
+    matrix = matrix_page.read_matrix()
+    assert set(NAMES) <= set(matrix)
+    assert (DOCS / "hosts.md").read_text(encoding="utf-8") == matrix_page.page(matrix), "run `make docs`"
 
 
 @pytest.mark.parametrize("name", HEADS.names())

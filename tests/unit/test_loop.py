@@ -172,13 +172,13 @@ def test_masks(mask: str, boundaries: str) -> None:
     learner = build(["linear_probe", {"er": {"budget": 8, "per_step": 2}}], protocol={
         "mask": mask, "boundaries": boundaries, "rehearsal": 8}, classes=classes)  # fmt: skip
     allowed: list = []
-    plain = learner._allowed
+    plain = learner.allowed
 
     def noted(batch, logits):
         allowed.append((batch, plain(batch, logits)))
         return allowed[-1][1]
 
-    learner._allowed = noted  # type: ignore[method-assign]
+    learner.allowed = noted  # type: ignore[method-assign]
     for experience in cases.experiences("bert", 2, rows=8):
         learner.learn(experience)
     batch, last = allowed[-1]

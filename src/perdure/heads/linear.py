@@ -56,10 +56,10 @@ class LinearHead(Head):
     def logits(self, features: Tensor) -> Tensor:
         import torch
 
-        weight, bias = self.module.get_parameter("weight"), self.module.bias
+        weight, bias = self.module.get_parameter("weight"), getattr(self.module, "bias", None)
         with torch.autocast(features.device.type, enabled=False):
             features = wide(features)
-            bias = None if bias is None else bias.to(features.dtype)  # type: ignore[operator]
+            bias = None if bias is None else bias.to(features.dtype)
             return torch.nn.functional.linear(features, weight.to(features.dtype), bias)
 
 

@@ -1,6 +1,6 @@
 """Hosts: a user's own model, seen as linear maps with roles and as blocks."""
 
-from .blocks import Block, BlockAdapter, BlockFunction, Insertion, Rest
+from .blocks import Block, BlockAdapter, BlockFunction, Inserting, Insertion, Rest
 from .feed_forward import FeedForward, Replacement
 from .host import Host
 from .roles import GROUPS, ROLES
@@ -15,6 +15,7 @@ __all__ = [
     "FeedForward",
     "Handle",
     "Host",
+    "Inserting",
     "Insertion",
     "Replacement",
     "Rest",

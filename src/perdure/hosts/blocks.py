@@ -49,12 +49,15 @@ class Rest:
         causal: whether a token sees only what comes before it.
         past: tokens that the KV cache of this layer held before this call; 0 without a cache.
         arguments: the block's other arguments by name (not to be changed).
+        notes: where a function may keep what later calls with the same KV cache need (a decision made on the prompt);
+            it lives and dies with the cache. None without a cache.
     """
 
     layer: int
     causal: bool
     past: int
     arguments: Mapping[str, Any]
+    notes: dict[str, Any] | None = None
 
 
 BlockFunction = Callable[[Tensor, "Tensor | None", "Tensor | None", Rest], "Tensor | Insertion"]
@@ -70,6 +73,24 @@ class _Plain(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, rest: Rest) -> Tensor | Insertion:
         return self.function(hidden, mask, positions, rest)
+
+
+class Inserting(nn.Module):
+    """Block function: puts in the tokens [B, n, D] that `maker(hidden [B, T, D], mask)` makes of the block's input.
+
+    On calls with a filled cache, where what is inserted would be left out, none are made.
+    """
+
+    def __init__(self, maker: nn.Module, where: Where = "after_first"):
+        super().__init__()
+        self.maker = maker
+        self.where: Where = where
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, rest: Rest) -> Tensor | Insertion:
+        if rest.past:
+            return hidden
+        made = self.maker(hidden, mask)
+        return Insertion(caches.between(hidden, made, _AT[self.where], 1), made.shape[1], self.where)
 
 
 @dataclass(frozen=True)
@@ -230,7 +251,8 @@ class _Runner:
         if real is None:
             real = masks.token_mask(call.get("attention_mask"), batch, tokens, offset)
         causal = bool(self.causal if call.get("is_causal") is None else call.get("is_causal"))
-        rest = Rest(self.layer, causal, past, call.everything())
+        notes = None if cache is None else caches.notes(cache, self.cache_layer, key)
+        rest = Rest(self.layer, causal, past, call.everything(), notes)
         made = _checked(self.module._modules[name](hidden, real, call.get("position_ids"), rest), hidden, key)  # type: ignore[misc]
         at, count, hidden = _AT[made.where], made.count, made.hidden
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import BadInput
 
 _STORE = "_perdure_inserted"
+_NOTES = "_perdure_notes"
 Kept = tuple[Tensor, Tensor] | None
 """Keys and values [B, heads, n, d] of inserted tokens; None where the first call inserted nothing."""
 
@@ -30,6 +31,11 @@ def past(cache: Any, layer: int, tokens: int) -> tuple[int, int]:
     if not seen:
         return 0, 0
     return seen, seen - int(root(cache).get_mask_sizes(tokens, layer)[1])
+
+
+def notes(cache: Any, layer: int, key: str) -> dict[str, Any]:
+    """What one adapter of one layer keeps with this cache, from call to call; empty at first."""
+    return vars(root(cache)).setdefault(_NOTES, {}).setdefault((layer, key), {})
 
 
 def keep(cache: Any, layer: int, key: str, value: Kept) -> None:

@@ -189,17 +189,23 @@ class Host:
             raise BadInput(f"layers: {numbers} with tower {tower!r} leave no site of {wanted}; {self._found()}")
         return picked
 
-    def blocks(self, tower: str | None = None) -> list[Block]:
+    def blocks(self, tower: str | None = None, layers: Iterable[int] | None = None) -> list[Block]:
         """The transformer blocks, first to last.
 
+        Args:
+            tower: as in `sites`. layers: indices of blocks, negative from the end; all when None.
+
         Raises:
-            BadInput: the model has none, or no such tower.
+            BadInput: the model has none, no such tower, or no such layer.
         """
         name = self._check_tower(tower)
         found = [block for block in self._blocks if name is None or block.tower == name]
         if not found:
             raise BadInput(f"model: {type(self.model).__name__} has no list of blocks of one class; {self._found()}")
-        return found
+        if layers is None:
+            return found
+        numbers = list(layers)
+        return [block for block in found if block.layer in self._layers(numbers, block.tower)]
 
     def feed_forwards(self, layers: Iterable[int] | None = None, tower: str | None = None) -> list[FeedForward]:
         """The feed-forward of every block, first to last; `layers` and `tower` as in `sites`.

@@ -158,10 +158,12 @@ class Site:
         Raises:
             BadInput: the weight is quantised or not on this machine.
         """
-        weight = self._float_weight(operation).detach()
-        if self.transposed:
-            weight = weight.t()
-        return weight if self.out_slice is None else weight[slice(*self.out_slice)]
+        return self.part(self._float_weight(operation).detach())
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """This site's [d_out, d_in] of a tensor that is stored as the module's whole weight is, e.g. a gradient."""
+        tensor = tensor.t() if self.transposed else tensor
+        return tensor if self.out_slice is None else tensor[slice(*self.out_slice)]
 
     def _float_weight(self, operation: str) -> nn.Parameter:
         module: Any = self.module

@@ -2,5 +2,15 @@
 
 from .linear import LinearMemory
 from .patches import PatchLayer
+from .retrieval import PARTS, RetrievedPrompts, StaticPrompts
+from .sparse_experts import SequenceGate, SparseExperts
 
-__all__ = ["LinearMemory", "PatchLayer"]
+__all__ = [
+    "PARTS",
+    "LinearMemory",
+    "PatchLayer",
+    "RetrievedPrompts",
+    "SequenceGate",
+    "SparseExperts",
+    "StaticPrompts",
+]

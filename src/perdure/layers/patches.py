@@ -59,7 +59,8 @@ class PatchLayer(nn.Module):
             raise BadInput(f"k: found {k}, more than the {patches} patches; lower it or raise patches")
         if not 0 <= dropout < 1:
             raise BadInput(f"dropout: found {dropout}; must be at least 0 and below 1")
-        self.k, self.tau, self.gamma, self.dropout, self.site, self.path = k, tau, gamma, dropout, site, path
+        self.k, self.tau, self.gamma, self.dropout, self.site = k, tau, gamma, dropout, site
+        self.path: PatchPath = path
         self.prototypes = nn.Parameter(torch.empty(patches, width).normal_(std=INIT_STD))
         self.code = nn.Parameter(torch.empty(rank, width).normal_(std=INIT_STD))
         self.gate_scale = nn.Parameter(torch.empty(patches, rank).normal_(std=INIT_STD))

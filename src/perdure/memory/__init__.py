@@ -1,11 +1,13 @@
 """Mathematics of routed memories on tensors. Imports torch alone."""
 
 from .bank import SHARED, AtomBank, AtomView
-from .effects import choose_patch_path, choose_path, read_atoms, read_patches
+from .effects import choose_patch_path, choose_path, read_atoms, read_patches, sparse_delta
 from .merging import MergeReport, merge_duplicates
 from .observe import Observation, RouterLog, Written, is_observed, observing, report, report_written
 from .protect import InputMoments, free_directions, leading_basis, project
+from .retrieval import free_energy, least_free_energy, retrieve
 from .routing import Routing, cosine, dot, effective_k, open_items, select, self_activation, weight
+from .sparse import Shares, SparseBank, Support, share_out
 
 __all__ = [
     "SHARED",
@@ -17,14 +19,19 @@ __all__ = [
     "RouterLog",
     "Written",
     "Routing",
+    "Shares",
+    "SparseBank",
+    "Support",
     "choose_patch_path",
     "choose_path",
     "cosine",
     "dot",
     "effective_k",
     "free_directions",
+    "free_energy",
     "is_observed",
     "leading_basis",
+    "least_free_energy",
     "merge_duplicates",
     "observing",
     "open_items",
@@ -33,7 +40,10 @@ __all__ = [
     "read_patches",
     "report",
     "report_written",
+    "retrieve",
     "select",
     "self_activation",
+    "share_out",
+    "sparse_delta",
     "weight",
 ]  # fmt: skip

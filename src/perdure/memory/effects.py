@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .kernels.atoms import Respond, dense_values, gather_values, joined
+from .kernels.sparse import Entries, SparseDelta
 from .routing import Routing, cosine, effective_k, open_items, routing_dtype, select, weight
 
 Path = Literal["auto", "reference", "dense", "gather"]
@@ -26,6 +28,71 @@ GROUP_FROM = 8  # times k
 def choose_path(size: int, k: int, device: torch.device | str = "cpu") -> Literal["dense", "gather"]:
     """The faster way to apply the values of N = size atoms, k of them selected."""
     return "gather" if size >= GATHER_FROM * k else "dense"
+
+
+def sparse_delta(
+    x: Tensor,
+    gates: Tensor,
+    frozen_values: Tensor,
+    new_values: Tensor,
+    frozen: Entries,
+    new: Entries,
+    out_features: int,
+    path: Literal["auto", "reference", "sparse"] = "auto",
+) -> Tensor:
+    """Gated sparse weight deltas (SETA-style, INFERRED): dy_t = sum_e g_te (M_e * Delta_e) x_t.
+
+    Sums run in float32 (float64 if x is float64), also under autocast.
+
+    Args:
+        x: [N, d_in]. gates: [N, E]. frozen_values [n], new_values [m] with their entries.
+        path: "sparse" makes one sparse product per expert; "reference" writes out one weight per token and is
+            differentiable twice; "auto" is "sparse".
+    Returns:
+        dy [N, d_out] in x's dtype (autocast's inside autocast).
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    out_dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
+    dtype = routing_dtype(x, gates)
+    with torch.autocast(device_type=device, enabled=False):
+        tensors = [tensor.to(dtype) for tensor in (x, gates, frozen_values, new_values)]
+        if path == "reference":
+            deltas = [_dense(v, at, gates.shape[1], out_features, x.shape[1])
+                      for v, at in zip(tensors[2:], (frozen, new), strict=True)]  # fmt: skip
+            total = deltas[0] + deltas[1]
+            dy = reference.modulated_weight(tensors[0], tensors[1], torch.ones_like(total), total)
+        else:
+            dy = SparseDelta.apply(*tensors, frozen, new, out_features)
+    return dy.to(out_dtype)
+
+
+def _dense(values: Tensor, at: Entries, experts: int, rows: int, columns: int) -> Tensor:
+    """[E, d_out, d_in] of one part of a bank."""
+    expert = torch.cat([at.rows.new_full((stop - start,), e) for e, start, stop in at.segments] or [at.rows])
+    return values.new_zeros(experts, rows, columns).index_put((expert, at.rows, at.columns), values)
+
+
+def gated_low_rank(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor) -> Tensor:
+    """Effect of gated rank-1 components (CoDyRA): dy = Σ_i g_i (a_i . x) b_i.
+
+    Args:
+        x: [..., d_in]. keys: a_i [r, d_in]. values: b_i [r, d_out]. gates: g [r].
+    Returns:
+        [..., d_out], in the wider of the dtypes of x and the components (autocast's inside autocast).
+    """
+    dtype = torch.promote_types(x.dtype, keys.dtype)
+    responses = F.linear(x.to(dtype), keys.to(dtype)) * gates.to(dtype)
+    return F.linear(responses, values.t().to(dtype))
+
+
+def low_rank_update(keys: Tensor, values: Tensor) -> Tensor:
+    """ΔW = Σ_i b_i a_iᵀ as float64 [d_out, d_in] on the CPU: what merging adds to a weight, the same on every device.
+
+    Args:
+        keys: a_i [n, d_in]. values: b_i [n, d_out], gates folded in.
+    """
+    return values.detach().cpu().double().t() @ keys.detach().cpu().double()
 
 
 def read_atoms(

@@ -223,7 +223,7 @@ class RouterLog:
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, dict[str, int]]) -> None:
         """Goes on from what `state_dict` gave."""
         self._sites = {
-            site: _Site(tensors[f"{site}/sums"].clone(), tensors[f"{site}/usage"].clone(), **counts)
+            site: _Site(tensors[f"{site}/sums"].clone(), tensors[f"{site}/usage"].clone(), **counts)  # pyright: ignore[reportArgumentType]
             for site, counts in values.items()
         }
         end = "/written"

@@ -8,6 +8,31 @@ from torch import Tensor
 from .routing import Routing, cosine, open_items, select, select_with_reserve, self_activation, weight
 
 
+def modulated_weight(x: Tensor, gates: Tensor, masks: Tensor, deltas: Tensor) -> Tensor:
+    """SETA-style (INFERRED): dy_t = (sum_e g_te (M_e * Delta_e)) x_t, the weight of each token written out.
+
+    Args:
+        x: [N, d_in]. gates: [N, E]. masks: {0, 1} or bool [E, d_out, d_in]. deltas: [E, d_out, d_in].
+    Returns:
+        [N, d_out].
+    """
+    weights = torch.einsum("te,eoi->toi", gates, masks.to(deltas) * deltas)
+    return torch.einsum("toi,ti->to", weights, x)
+
+
+def gated_low_rank(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor) -> Tensor:
+    """CoDyRA: dy = ΔW x, ΔW = Σ_i g_i b_i a_iᵀ written out.
+
+    Args:
+        x: [..., d_in]. keys: a_i [r, d_in]. values: b_i [r, d_out]. gates: g [r].
+    """
+    update = sum(
+        (g * torch.outer(b, a) for g, a, b in zip(gates, keys, values, strict=True)),
+        values.new_zeros(values.shape[1], keys.shape[1]),
+    )
+    return x @ update.t()
+
+
 def rank_one(
     x: Tensor,
     keys: Tensor,
@@ -54,3 +79,41 @@ def patches(
     phi = u * torch.sigmoid(gate_scale * u + gate_bias)  # [..., K, r]
     written = torch.einsum("...kr,kdr->...kd", phi, decoders)
     return gamma * (w.unsqueeze(-1) * written).sum(-2), Routing(top, w_top, s_top, prototypes.shape[0])
+
+
+def retrieved_prompts(
+    tokens: Tensor,
+    queries: Tensor,
+    query: tuple[Tensor, Tensor],
+    key: Tensor,
+    value: tuple[Tensor, Tensor] | None,
+    output: tuple[Tensor, Tensor],
+    *,
+    heads: int,
+    beta: float,
+    mask: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """RwF: Z = softmax(beta Q K^T) V W_O + b_O with every token projected, head by head and row by row.
+
+    Args:
+        tokens: X [B, N, D]. queries: P [L, D]. mask: bool [B, N], True for real tokens.
+        query, value, output: weight [D, D] and bias [D] as nn.Linear has them. value: None for V = LN(X).
+        key: weight [D, D]; a bias would add the same number to all scores of a query.
+    Returns:
+        [B, L, D].
+    """
+
+    def normal(x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+
+    q = normal(queries) @ query[0].t() + query[1]
+    rows = []
+    for number, row in enumerate(tokens):
+        x = normal(row if mask is None else row[mask[number]])
+        k, v = x @ key.t(), x if value is None else x @ value[0].t() + value[1]
+        parts = zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1), strict=True)
+        joined = torch.cat([torch.softmax(beta * a @ b.t(), -1) @ c for a, b, c in parts], -1)
+        rows.append(joined @ output[0].t() + output[1])
+    return torch.stack(rows)

@@ -6,10 +6,12 @@ mathematics is; none of them casts, except `routing_dtype`, which callers use to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,73 @@ def dot(x: Tensor, keys: Tensor, scale: float = 1.0) -> Tensor:
     return (x @ keys.transpose(-1, -2)) * scale
 
 
+def pooled(hidden: Tensor, mask: Tensor | None, causal: bool, limit: int) -> Tensor:
+    """Mean of real tokens as an address of the whole sequence (SETA-style, INFERRED).
+
+    Args:
+        hidden: [B, T, D]. mask: bool [B, T], True for real tokens; None for all.
+        causal: True lets a token see those up to itself, of the first `limit` real ones: [B, T, D], the same for all
+            tokens from the limit on. False takes all tokens: [B, 1, D].
+        limit: ignored where not causal.
+    """
+    real = hidden.new_ones(hidden.shape[:2]) if mask is None else mask.to(hidden.dtype)
+    if not causal:
+        return (hidden * real[..., None]).sum(1, keepdim=True) / real.sum(1)[:, None, None].clamp_min(1)
+    counted = real * (real.cumsum(1) <= limit)
+    return (hidden * counted[..., None]).cumsum(1) / counted.cumsum(1)[..., None].clamp_min(1)
+
+
+def gate_logits(address: Tensor, weight: Tensor, bias: Tensor, temperature: float) -> Tensor:
+    """w_e . LN(h) / T + c_e, LN without gain and shift: [..., D], [E, D], [E] -> [..., E] (SETA-style, INFERRED)."""
+    unit = F.layer_norm(address, address.shape[-1:])
+    return unit @ weight.to(unit.dtype).t() / temperature + bias.to(unit.dtype)
+
+
+def bernoulli_kl(old: Tensor, new: Tensor) -> Tensor:
+    """KL(Bern(sigmoid(old)) || Bern(sigmoid(new))) from logits; exactly 0 where they are equal."""
+    on, off = F.logsigmoid(old) - F.logsigmoid(new), F.logsigmoid(-old) - F.logsigmoid(-new)
+    return torch.sigmoid(old) * on + torch.sigmoid(-old) * off
+
+
 # ---- select
+def allocate(scores: Sequence[float], sizes: Sequence[int], density: float, spread: float) -> list[int]:
+    """How many of each matrix's weights a mask takes, `density` of all together (SETA-style, INFERRED).
+
+    The numbers are in proportion to the summed scores, within density / spread and density * spread of each size.
+
+    Args:
+        scores: summed score of each matrix, at least 0. sizes: numbers of weights. spread: at least 1; 1 is uniform.
+    Returns:
+        One number per matrix; their sum is max(1, round(density * sum(sizes))).
+    """
+    wanted = max(1, round(density * sum(sizes)))
+    share = wanted / sum(sizes)
+    low = [share / spread * size for size in sizes]
+    high = [min(1.0, share * spread) * size for size in sizes]
+    total = sum(scores)
+    # A matrix without any score comes last, not never.
+    means = [
+        (score / total if total > 0 else 0.0) + 1e-9 * n / sum(sizes) for score, n in zip(scores, sizes, strict=True)
+    ]
+
+    def at(factor: float) -> list[float]:
+        return [min(max(factor * m, lo), hi) for m, lo, hi in zip(means, low, high, strict=True)]
+
+    least, most = 0.0, 1.0
+    while sum(at(most)) < wanted * (1 - 1e-12):
+        most *= 2
+    for _ in range(100):
+        middle = (least + most) / 2
+        least, most = (middle, most) if sum(at(middle)) < wanted else (least, middle)
+    exact = at(most)
+    counts = [int(number) for number in exact]
+    left = sorted(range(len(sizes)), key=lambda i: counts[i] - exact[i])  # largest remainder first
+    for i in left * 2:
+        if sum(counts) < wanted and counts[i] < sizes[i]:
+            counts[i] += 1
+    return counts
+
+
 def effective_k(k: int, size: int, min_k: int = 1) -> int:
     """min(max(k, min_k), N). The released MoRAM code has min_k = 2; the paper has no such floor."""
     if k < 1 or min_k < 1:

@@ -98,6 +98,13 @@ class Method:
         """Whether the host as a whole trains now: in the first experience, where the setting `pretrain` is there."""
         return getattr(self.config, "pretrain", None) is not None and self.loop.experiences_learnt <= 0
 
+    def originals(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Of those in `touched` that are computed from their value at attach: the parameter and that value.
+
+        The value counts as part of the frozen base, which a saved state is bound to by hash.
+        """
+        return []
+
     def requires_rehearsal(self) -> int:
         """Samples of past experiences that this configuration stores at the most."""
         return 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -55,7 +55,7 @@ class InputProtection:
         moments = {key[len("moment/") :]: t for key, t in self.owner.tensors.items() if key.startswith("moment/")}
         self._bases = {name: leading_basis(moment, self.energy) for name, moment in moments.items()}
 
-    def project(self, keys: dict[str, Tensor]) -> None:
+    def project(self, keys: Mapping[str, Tensor]) -> None:
         """Projects keys [r, d] in place, by site name; nothing is protected before the first boundary."""
         import torch
 

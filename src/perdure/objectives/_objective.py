@@ -32,6 +32,7 @@ class Objective(ABC):
         higher_is_better: direction of the metric.
         needs_head: whether a head of ours maps features to class scores.
         default_head: the head where none is named.
+        predicts_tokens: whether the loss at a token asks for the next one, so that nothing later may reach it.
         by_text: whether it encodes the names of classes, which a head with `by_text` needs; only such a head fits then.
     """
 
@@ -42,6 +43,7 @@ class Objective(ABC):
     higher_is_better: ClassVar[bool]
     needs_head: ClassVar[bool]
     default_head: ClassVar[str] = "cosine"
+    predicts_tokens: ClassVar[bool] = False
     by_text: ClassVar[bool] = False
 
     def __init__(self, config: Any):

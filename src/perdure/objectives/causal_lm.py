@@ -34,6 +34,7 @@ class CausalLM(Objective):
     metric = "perplexity"
     higher_is_better = False
     needs_head = False
+    predicts_tokens = True
 
     class Config(ObjectiveConfig):
         block_size: int | None = Field(256, ge=2)

@@ -168,7 +168,8 @@ def _check_details(details: Mapping[str, Any], where: str) -> None:
         _check_fields(router, {}, f"{where}.router_history.{number}")
     stream = details.get("stream") or {}
     _check_present(stream, {"experiences": _LIST, "classes": _LIST}, f"{where}.stream")
-    for number, names in enumerate(stream.get("classes") or ()):
+    classes: Any = stream.get("classes") or ()
+    for number, names in enumerate(classes):
         good = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
         if names is not None and not good:
             raise BadInput(f"{where}.stream.classes.{number}: expected a list of names or null, found {names!r:.80}")

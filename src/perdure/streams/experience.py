@@ -20,7 +20,7 @@ class Experience:
         train, test, valid: rows (`perdure.data.Row`); labels become text. Validation rows never come from test rows.
         classes: labels that training rows of this experience bring: in a class-incremental stream these are new ones,
             elsewhere they may come again. Taken from the training rows where not given.
-        task: task id, in task-incremental streams only.
+        task: task id, in task- and domain-incremental streams; the protocol says whether a method sees it.
         last: True for the last experience of a bounded stream.
         hash: sha256 over the rows in order and their splits; computed where not given.
 

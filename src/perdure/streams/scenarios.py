@@ -355,7 +355,8 @@ def domain_incremental(parts: Sequence[Splits], how: Selection | None = None) ->
     """One experience for each part: the same classes (or none, for language modelling) in another domain.
 
     Returns:
-        Experiences whose `classes` are those of their own training rows, so that no class is known before it comes.
+        Experiences whose `classes` are those of their own training rows, so that no class is known before it comes. The
+        task id is the domain's number; a method sees it only where the protocol grants it.
 
     Raises:
         BadInput: a test or validation row has a label that no training row up to its own domain has.
@@ -375,7 +376,7 @@ def domain_incremental(parts: Sequence[Splits], how: Selection | None = None) ->
                     )
         ordered = [label for label in part.classes if label in labels] if set(labels) <= set(part.classes) else labels
         last = i == len(parts) - 1
-        made.append(Experience(i, part.name, part.train, part.test, part.valid, classes=tuple(ordered), last=last))
+        made.append(Experience(i, part.name, part.train, part.test, part.valid, tuple(ordered), task=i, last=last))
     return made
 
 
