@@ -82,6 +82,8 @@ class PretrainConfig(Strict):
 
     learning_rate: float | None = Field(None, gt=0, le=MOST_RATE)
     """Peak rate of that experience; `training.learning_rate` when absent."""
+    epochs: int | None = Field(None, ge=1)
+    """Passes over that experience; `training.epochs` when absent."""
     weight_decay: float = Field(0.0, ge=0)
     """Of that experience, on matrices alone."""
 
