@@ -16,7 +16,7 @@ _NUMBERS: dict[Any, Literal["int_type", "float_type", "bool_type"]] = {
 class Strict(BaseModel):
     """Unknown keys and wrong types are errors; values never change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .config import ProtocolConfig, TrainingConfig
-    from .stepping import Stepping
     from .methods import Method
+    from .stepping import Stepping
     from .streams.experience import Experience
 
 
