@@ -12,6 +12,7 @@ their plain form where one experience is used.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import statistics
@@ -32,8 +33,14 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 HEAD_RATES = (3e-3, 1e-2, 3e-2)
 
 
-def trial(recipe: Recipe, rate: float, head_rate: float | None, positions: Sequence[int] = (0,)) -> dict[str, Any]:
-    """Trains on the experiences at `positions`, one after another, and measures the validation rows of them all."""
+def trial(
+    recipe: Recipe, rate: float, head_rate: float | None, positions: Sequence[int] = (0,), begun: Begun | None = None
+) -> dict[str, Any]:
+    """Trains on the experiences at `positions`, one after another, and measures the validation rows of them all.
+
+    Pretraining, which the first experience is for some arms, does not depend on the rates: `begun` keeps its state for
+    the trials that follow.
+    """
     stream = build_stream(recipe.stream, recipe.seed)
     experiences = [stream.experience(position) for position in positions]
     ((objective, _),) = OBJECTIVES.parse(recipe.objective, "objective")
@@ -43,12 +50,23 @@ def trial(recipe: Recipe, rate: float, head_rate: float | None, positions: Seque
         model, processor, method=recipe.method, head=recipe.head, objective=recipe.objective, training=training,
         protocol=recipe.protocol, seed=recipe.seed, classes=list(stream.classes) if stream.classes else None,
     )  # fmt: skip
-    for experience in experiences:
+    pretrains = any(method.pretrains for method in learner.methods)
+    if begun and pretrains:
+        tensors, values = begun["state"]
+        learner.load_state_dict(tensors, copy.deepcopy(values))
+    for experience in experiences[learner.position.experience if begun and pretrains else 0 :]:
         learner.learn(experience)
+        if pretrains and begun == {}:
+            tensors, values = learner.state_dict()
+            begun["state"] = ({name: t.clone() for name, t in tensors.items()}, copy.deepcopy(values))
     scores = learner.evaluate(experiences, split="valid").values()
     losses = [validation_loss(learner, experience) for experience in experiences]
     found = {"loss": statistics.mean(losses), "score": statistics.mean(scores)}
     return {"learning_rate": rate, "head_learning_rate": head_rate, "experiences": list(positions), **found}
+
+
+Begun = dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]]
+"""The state after pretraining under "state", once there is one."""
 
 
 def validation_loss(learner: Learner, experience: Experience) -> float:
@@ -99,7 +117,10 @@ def main() -> None:
         before = read(path).get(name, {}).get("trials", [])
         before = [each for each in before if each["experiences"] == list(positions)]  # others judged something else
         known = {(each["learning_rate"], each["head_learning_rate"]): each for each in before}
-        trials = [known.get(pair) or trial(arm, *pair, positions) for pair in itertools.product(rates, head_rates)]
+        begun: Begun = {}
+        trials = [
+            known.get(pair) or trial(arm, *pair, positions, begun) for pair in itertools.product(rates, head_rates)
+        ]
         best = min(trials, key=lambda found: found["loss"])
         print(f"{name}: {best}", flush=True)
         # Read again: several arms may be tuned at a time.

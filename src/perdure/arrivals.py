@@ -25,9 +25,16 @@ def learn_spooled(learner: Loop, rows: list[Any], folder: str | Path) -> None:
 
     Raises:
         BadInput: the folder belongs to another learner, or the rows do not fit; they are then not kept.
-        CannotWrite, DamagedState: see `Spool`.
+        CannotWrite: another process is in a call on the folder; or see `Spool`.
+        DamagedState: see `Spool`.
     """
-    spool = Spool(folder)
+    from .state import RunLock
+
+    with RunLock(Path(folder)):
+        _learn_spooled(learner, rows, Spool(folder))
+
+
+def _learn_spooled(learner: Loop, rows: list[Any], spool: Spool) -> None:
     spool.discard()  # rows of a call that was cut off while it wrote them
     for left in _unlearnt(learner, spool):
         learner.learn(left)

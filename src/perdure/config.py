@@ -16,7 +16,7 @@ _NUMBERS: dict[Any, Literal["int_type", "float_type", "bool_type"]] = {
 class Strict(BaseModel):
     """Unknown keys and wrong types are errors; values never change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -82,6 +82,8 @@ class PretrainConfig(Strict):
 
     learning_rate: float | None = Field(None, gt=0, le=MOST_RATE)
     """Peak rate of that experience; `training.learning_rate` when absent."""
+    epochs: int | None = Field(None, ge=1)
+    """Passes over that experience; `training.epochs` when absent."""
     weight_decay: float = Field(0.0, ge=0)
     """Of that experience, on matrices alone."""
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .config import ProtocolConfig, TrainingConfig
-    from .loop import Loop
     from .methods import Method
+    from .stepping import Stepping
     from .streams.experience import Experience
 
 
@@ -59,6 +59,8 @@ class EarlyStopping:
     def of(cls, training: TrainingConfig, experience: Experience) -> EarlyStopping | None:
         """One for this experience, or None where the settings ask for none.
 
+        Pretraining, which all arms share, is not stopped: the loop does not ask then.
+
         Raises:
             BadInput: there are no validation rows.
         """
@@ -75,7 +77,7 @@ class EarlyStopping:
     def over(self) -> bool:
         return self.waited >= self.patience
 
-    def after_step(self, loop: Loop, step: int) -> None:
+    def after_step(self, loop: Stepping, step: int) -> None:
         """Looks at the validation rows where it is time to; `step` steps are taken, the last one included."""
         if step % self.every and step != loop.steps_planned:
             return
@@ -103,7 +105,7 @@ class EarlyStopping:
         self.step, self.waited = values["step"], values["waited"]
 
 
-def validation_loss(loop: Loop, experience: Experience) -> float:
+def validation_loss(loop: Stepping, experience: Experience) -> float:
     """Mean training loss on the validation rows, of the head that trains, under the mask of training."""
     total, count = 0.0, 0.0
     with quiet(loop.model), torch.no_grad():

@@ -24,7 +24,7 @@ from .assembly import (
 from .attachment import Original, hold, holds, refuse_taken
 from .bookkeeping import Counters, Past, Position, quiet
 from .bookmark import Bookmark, HeadMark
-from .config import ProtocolConfig, TrainingConfig
+from .config import PretrainConfig, ProtocolConfig, TrainingConfig
 from .data import Batch, Output, Rows
 from .early_stopping import EarlyStopping, check_early_stopping
 from .errors import BadInput
@@ -318,12 +318,13 @@ class Loop(Stepping):
         told = self._tells
         if told and self.history and any("old_model" in method.needs for method in self.methods):
             self.services.remember_model()  # before the heads grow
-        self.current, self._asked, self._early = experience, None, EarlyStopping.of(self.training, experience)
+        self.current, self._asked = experience, None
         grew = self._see(labels)
         self.history.append(Past(experience.index, experience.name, labels, experience.hash))
         self.writes.append(
             {"id": len(self.writes), "kind": "experience", "name": experience.name, "hash": experience.hash}
         )
+        self._early = EarlyStopping.of(self.training, experience) if self._pretraining is None else None
         if told:
             self.services.router_log.reset()  # what it counts is this experience
             for method in self.methods:
@@ -374,11 +375,18 @@ class Loop(Stepping):
             set_generator_state(self.generator, now)
         return rows
 
+    @property
+    def _pretraining(self) -> PretrainConfig | None:
+        """How the host as a whole trains in this experience; None where a method adapts it."""
+        return next((method.config.pretrain for method in self.methods if method.pretrains), None)
+
     def _plan(self, rows: Rows) -> Plan:
         t = self.training
+        pretrain = self._pretraining
+        epochs = t.epochs if pretrain is None or pretrain.epochs is None else pretrain.epochs
         return Plan(
             len(rows), t.per_device_train_batch_size, t.gradient_accumulation_steps, self.accelerator.num_processes,
-            self.accelerator.process_index, t.epochs, t.max_steps,
+            self.accelerator.process_index, epochs, t.max_steps,
             derived_seed(self.seed, "experience", self.position.experience),
         )  # fmt: skip
 

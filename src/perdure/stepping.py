@@ -38,6 +38,7 @@ class Stepping(Passes):
     current: Experience | None
     generator: torch.Generator
     replay: ReplayBuffer
+    steps_planned: int = 0
     _steps_per_epoch: int = 1
     _clock: float = 0.0
     _finite: Tensor | None = None

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from loop_methods import build, copied, differences
 
-from perdure.errors import BadInput, NonFiniteLoss
+from perdure.errors import BadInput, CannotWrite, NonFiniteLoss
+from perdure.state import RunLock
 from perdure.streams import Spool
 from tests.conformance import cases
 
@@ -106,3 +107,14 @@ def test_a_torn_call_is_cut_off(tmp_path: Path) -> None:
     assert len(Spool(tmp_path)) == 1 and len(Spool(tmp_path).experience(0).train) == len(rows[1])
     with pytest.raises(BadInput, match="0 experiences are closed"):
         Spool(tmp_path / "empty").retract()
+
+
+def test_a_folder_that_another_call_is_in_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    learner, (first, *_) = build("finetune"), arrivals()
+    before = copied(learner.state_dict())
+    with RunLock(tmp_path), pytest.raises(CannotWrite, match="is in use by another"):
+        learner.partial_fit(first, spool=tmp_path)
+    assert differences(copied(learner.state_dict()), before) == []
+    assert len(Spool(tmp_path)) == 0
+    learner.partial_fit(first, spool=tmp_path)
+    assert len(Spool(tmp_path)) == 1

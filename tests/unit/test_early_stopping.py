@@ -134,3 +134,12 @@ def test_refusals() -> None:
     with pytest.raises(BadInput, match="has no validation rows; set stream.validation"):
         learner.learn(cases.experiences("bert", 1)[0])
     assert differences(copied(learner.state_dict()), before) == []
+
+
+def test_pretraining_has_passes_of_its_own_and_is_not_stopped() -> None:
+    method = {"finetune": {"pretrain": {"learning_rate": 0.3, "epochs": 3}}}
+    learner, made = build("gpt2", method, rate=0.3), experiences("gpt2")
+    learner.learn(replace(made[0], valid=()))
+    assert learner.counters.steps == learner.steps_planned == 9
+    learner.learn(made[1])
+    assert learner.steps_planned == 24 > learner.counters.steps - 9

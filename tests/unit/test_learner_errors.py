@@ -16,6 +16,7 @@ from perdure.hosts import Host
 from perdure.learner import Learner
 from perdure.methods import Method
 from perdure.optim import rate_factor
+from perdure.registry import METHODS
 from perdure.streams import Experience
 from tests.conformance import cases
 
@@ -271,3 +272,11 @@ def test_an_augmentation_that_would_reach_no_feature_is_refused() -> None:
     with pytest.raises(BadInput, match=r"objective\.classification\.augment: is flip_crop, but linear_probe"):
         Learner(model, processor, method="linear_probe", objective=spec)
     Learner(model, processor, method=["linear_probe", ER], objective=spec, protocol={"rehearsal": 8})
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("setting", [("codyra", "l1"), ("moram", "temperature"), ("seta", "anchor"), ("rwf", "beta")])
+def test_a_setting_that_is_no_finite_number_is_refused(setting: tuple[str, str], value: float) -> None:
+    method, field = setting
+    with pytest.raises(BadInput, match=rf"method\.{method}\.{field}: .*(finite|greater)"):
+        METHODS.parse({method: {field: value}}, "method")

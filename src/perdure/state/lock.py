@@ -120,7 +120,7 @@ class RunLock:
         since = f" since {owner['since']}" if "since" in owner else ""
         return CannotWrite(
             f"{self.path.parent} is in use by another run: {who}{since}. Wait for it, stop it, or choose another "
-            f"output_dir; if that process is gone for certain, remove {self.path}."
+            f"folder (output_dir, spool); if that process is gone for certain, remove {self.path}."
         )
 
     def release(self) -> None:

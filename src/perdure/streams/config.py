@@ -125,7 +125,7 @@ class StreamConfig(Strict):
     """Share of the training rows that becomes the test rows of a source that has none."""
     experience_rows: int | None = Field(default=None, ge=1)
     """Rows of each portion of an online or boundary-free stream."""
-    blend: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    blend: float | None = Field(default=None, ge=0)
     """Boundary-free: how far neighbouring blocks flow into each other, in blocks; 0 is class-blocked."""
     label_prefix: bool = False
     """Puts the source's name before each label, so that equal labels of several sources are several classes."""
