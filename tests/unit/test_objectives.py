@@ -276,7 +276,8 @@ def test_long_rows_keep_what_is_learnt():
         [{"prompt": "abcdefgh", "answer": "xy"}, {"text": "abcdefgh"}, {"prompt": "ab", "answer": "stuvwxyz"}],
         TOKENIZER,
     )
-    assert prompt["input_ids"] == [*b"fghxy", 258] and prompt["labels"] == [-100] * 3 + [*b"xy", 258]
+    # A prompt keeps its end and the token that opens every text.
+    assert prompt["input_ids"] == [257, *b"ghxy", 258] and prompt["labels"] == [-100] * 3 + [*b"xy", 258]
     assert text["input_ids"] == text["labels"] == [257, *b"abcde"]
     assert answer["input_ids"] == [*b"bstuvw"] and answer["labels"] == [-100, *b"stuvw"]
     assert len(objective("causal_lm", block_size=None).encode([{"text": "a" * 999}], TOKENIZER)[0]["input_ids"]) == 1000
@@ -393,5 +394,5 @@ def test_models_that_do_not_fit_are_refused(gpt2):
 
 def test_objectives_are_known_by_name():
     assert isinstance(objective("classification"), Classification) and isinstance(objective("causal_lm"), CausalLM)
-    assert OBJECTIVES.names() == ["causal_lm", "classification", "image_text"]
+    assert OBJECTIVES.names() == ["causal_lm", "classification", "image_text", "instruction"]
     assert not CausalLM.needs_head and not CausalLM.higher_is_better and CausalLM.metric == "perplexity"
