@@ -75,12 +75,12 @@ class Output:
         logits: class scores [B, C] before any mask, or token scores [B, T, V].
         features: pooled features [B, D] that the head saw (classification), image features (image-text).
         other_features: text features of image-text pairs [B, D].
-        texts: what the model wrote for each row, where it is scored on that.
         host: the host's own output object.
+        texts: what the model wrote for each row, where it is scored on that.
     """
 
     logits: Tensor | None = None
     features: Tensor | None = None
     other_features: Tensor | None = None
-    texts: Sequence[str] | None = None
     host: Any = None
+    texts: Sequence[str] | None = None
