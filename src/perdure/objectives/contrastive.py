@@ -301,11 +301,13 @@ class ImageText(Objective):
         if allowed is not None and allowed.dim() == 1 and output.logits is not None:
             allowed = allowed.expand(output.logits.shape)
         assert batch.labels is not None
-        found = {name: getattr(output, name) for name in ("logits", "features", "other_features")}
-        found = {name: None if tensor is None else gather_rows(tensor) for name, tensor in found.items()}
+        logits, features, others = (
+            None if tensor is None else gather_rows(tensor)
+            for tensor in (output.logits, output.features, output.other_features)
+        )
         labels = gather_rows(batch.labels, fill=-100)
         every = None if allowed is None else gather_rows(allowed.to(labels), fill=1) > 0
-        summed, count = self.loss(Batch({}, labels), Output(**found, host=output.host), every)
+        summed, count = self.loss(Batch({}, labels), Output(logits, features, others, output.host), every)
         return summed / processes(), count
 
     def score(self, batch: Batch, output: Output, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
