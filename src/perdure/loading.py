@@ -103,6 +103,13 @@ def canonical(row: Row) -> Row:
     return row if all(key in FIELDS for key in row) else {key: row[key] for key in FIELDS if key in row}
 
 
+def evenly(rows: Rows, most: int) -> Rows:
+    """`most` rows at the most, evenly spaced over all."""
+    if len(rows) <= most:
+        return rows
+    return [rows[number * len(rows) // most] for number in range(most)]
+
+
 def take(rows: Rows, numbers: Sequence[int]) -> list[Row]:
     """Rows by number with canonical fields; -1 stands for the filler, the first row."""
     return [canonical(rows[max(number, 0)]) for number in numbers]

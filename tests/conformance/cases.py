@@ -43,6 +43,7 @@ WITHOUT_A_MIDDLE = ("joint", "frozen")
 # further settings of a method that are conformance cases of their own
 VARIANTS: dict[str, Any] = {
     "moram-protected": {"moram": {"rank": 2, "top_k": 2, "protect": {"inputs": 0.5}}},
+    "moram-contrast": {"moram": {"rank": 2, "top_k": 2, "keys": "contrast"}},
     "lora-protected": {"lora": {"rank": 2, "protect": {"inputs": 0.5}}},
     "codyra-l1+er": [
         {"codyra": {"rank": 3, "l1": 20.0, "operator": "released"}},

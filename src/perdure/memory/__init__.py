@@ -1,6 +1,7 @@
 """Mathematics of routed memories on tensors. Imports torch alone."""
 
 from .bank import SHARED, AtomBank, AtomView
+from .contrast import contrast_directions, paired
 from .effects import choose_patch_path, choose_path, read_atoms, read_patches, sparse_delta
 from .merging import MergeReport, merge_duplicates
 from .observe import Observation, RouterLog, Written, is_observed, observing, report, report_written
@@ -24,6 +25,7 @@ __all__ = [
     "Support",
     "choose_patch_path",
     "choose_path",
+    "contrast_directions",
     "cosine",
     "dot",
     "effective_k",
@@ -35,6 +37,7 @@ __all__ = [
     "merge_duplicates",
     "observing",
     "open_items",
+    "paired",
     "project",
     "read_atoms",
     "read_patches",

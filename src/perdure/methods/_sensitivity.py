@@ -43,13 +43,13 @@ class Sensitivity:
             rows: of which `most`, evenly spaced, are taken at the most.
             after: called after each forward and backward pass.
         """
-        count = min(len(rows), most)
-        chosen = [rows[number * len(rows) // count] for number in range(count)]
+        from ..loading import evenly
+
         sums: dict[str, Tensor] = {}
         passes = 0
         self.group = {"params": [(f"probe/{path}", weight) for path, weight in self._weights.items()]}
         try:
-            for found in self.owner.loop.gradients(chosen, per_sample=per_sample):
+            for found in self.owner.loop.gradients(evenly(rows, most), per_sample=per_sample):
                 after()
                 passes += 1
                 mine = {name.split("/", 2)[-1]: gradient for name, gradient in found.items()}

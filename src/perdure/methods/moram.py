@@ -18,25 +18,29 @@ r new atoms per experience: keys U(−1/√d_in, 1/√d_in), values zero; old at
 | r, k, τ, δ | `rank`, `top_k`, `temperature`, `threshold` |
 | eps | `eps` |
 
-Stored: N · (d_in + d_out) numbers a layer, growing by r atoms an experience; with `protect` also second moments of
-layer inputs. Cost per token and layer: N · d_in for the scores and k · d_out for the values. Removal: structural
-(`forget` drops the atoms of one write; later atoms were learnt in their presence).
+Stored: N · (d_in + d_out) numbers a layer, growing by r atoms an experience; with `protect` and with `keys: contrast`
+also second moments of layer inputs, d_in² numbers for each kind of input. Cost per token and layer: N · d_in for the
+scores and k · d_out for the values. Removal: structural (`forget` drops the atoms of one write; later atoms were learnt
+in their presence).
 
 Deviations from the released code, all defects named in our notes on it: the value scale is folded into the values at
 freezing (the release halves them); atoms that were never trained take no part in evaluation (the release lets empty
 atoms of the next task take slots) and do not freeze; parameters and optimizer state are new for each experience.
 `min_k` is 1 here, the release forces k ≥ 2 (`min_k: 2` gives that). On a stream without boundaries atoms are added
-every `grow_every` steps: ours. Atoms that two writes trained there belong to neither. `protect` is ours as well.
+every `grow_every` steps: ours. Atoms that two writes trained there belong to neither. `protect` is ours as well, and
+`keys: contrast`: from the second experience on new keys start as ±v, v the directions in which this experience's inputs
+have the most energy for that of all earlier ones.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from ..config import MethodConfig, ProtectConfig
 from ..errors import BadInput
+from ._contrast import InputContrast
 from ._method import Method, register
 from ._protection import InputProtection
 
@@ -79,6 +83,10 @@ class MoRAM(Method):
         """Optimizer steps between growths; for streams without boundaries."""
         protect: ProtectConfig | None = None
         """Confine new keys to the null space of old layer inputs."""
+        keys: Literal["drawn", "contrast"] = "drawn"
+        """Where new keys start: drawn at random, as published, or along what older experiences have not had (ours)."""
+        key_rows: int = Field(128, ge=1)
+        """Training rows from which contrast keys are made, evenly spaced."""
 
     adapts = True
     removal = "structural"
@@ -99,6 +107,7 @@ class MoRAM(Method):
             self._handles.append(site.add("moram", memory))
             self.modules[site.name] = memory
         self._protection = InputProtection(self, config.protect) if config.protect else None
+        self._contrast = InputContrast(self, config.key_rows) if config.keys == "contrast" else None
 
     def detach(self, host: Host) -> None:
         for handle in reversed(self._handles):
@@ -141,7 +150,14 @@ class MoRAM(Method):
             )
         if not self.loop.knows_boundaries and self.config.protect is not None:
             raise BadInput("method.moram.protect: needs boundaries to know which inputs are old; remove it")
+        if not self.loop.knows_boundaries and self._contrast:
+            raise BadInput("method.moram.keys: contrast needs boundaries to know which inputs are old; set it to drawn")
         self._grow(self.loop.write_id)
+        if self._contrast:
+            for name, keys in self._contrast.keys(self._sites, experience.train, self.config.rank).items():
+                self.memories[name].bank.new_keys.data.copy_(keys)
+            if self._protection:
+                self._protection.project(self._new_keys())
 
     def before_step(self, batch: Batch) -> Batch:
         # Without boundaries nobody says that learning begins again, on a state whose atoms are all frozen.
