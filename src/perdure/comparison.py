@@ -350,6 +350,8 @@ def verdict(comparison: Mapping[str, Any], arm: str, against: str) -> str | None
     Points are hundredths of accuracy; of perplexity its own unit. Judged by the differences within each seed: an
     interval that contains 0 settles nothing, fewer than 3 seeds are an illustration.
     """
+    from .report import words
+
     rows = {row["arm"]: row for row in comparison["rows"]}
     if arm not in rows or against not in rows:
         return None
@@ -362,18 +364,18 @@ def verdict(comparison: Mapping[str, Any], arm: str, against: str) -> str | None
     (mine, theirs), (lost, lost_there) = figures
     better = mine > theirs if comparison["higher_is_better"] else mine < theirs
     word = "equal to" if mine == theirs else "above" if mine > theirs else "below"
-    if comparison["metric"] == "accuracy":
-        gap, unit = f"{abs(mine - theirs) * 100:.1f} points", "average accuracy"
+    if words.percent(comparison["metric"]):
+        gap = f"{abs(mine - theirs) * 100:.1f} points"
         told = (
             f"{mine * 100:.1f} against {theirs * 100:.1f} %, forgetting {lost * 100:.1f} against {lost_there * 100:.1f}"
         )
     else:
-        gap, unit = f"{abs(mine - theirs):.2f}", "average perplexity"
+        gap = f"{abs(mine - theirs):.2f}"
         told = f"{mine:.2f} against {theirs:.2f}, forgetting {lost:.2f} against {lost_there:.2f}"
     judged = "" if mine == theirs else f" ({'better' if better else 'worse'})"
     where = f"{word} {against}" if mine == theirs else f"{gap} {word} {against}"
     proof = _proof(rows[arm], rows[against], comparison)
-    return f"{arm} is {where} in {unit}{judged}: {told}{proof}."
+    return f"{arm} is {where} in average {comparison['metric']}{judged}: {told}{proof}."
 
 
 def _proof(mine: Mapping[str, Any], theirs: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:

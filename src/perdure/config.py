@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
+from .errors import BadInput
+
 _NUMBERS: dict[Any, Literal["int_type", "float_type", "bool_type"]] = {
     int: "int_type", float: "float_type", bool: "bool_type"
 }  # fmt: skip
@@ -21,18 +23,18 @@ class Strict(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_it_is(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic would read true as 1 and "3" as 3; an int where a float is due is fine."""
+        """Pydantic would read true as 1, 1 as true, 3.0 and "3" as 3; an int where a float is due is fine."""
         _refuse_coercion(value, cls.model_fields[str(info.field_name)].annotation)
         return value
 
 
 def _refuse_coercion(value: Any, annotation: Any) -> None:
     kinds = _alternatives(annotation)
-    if isinstance(value, (bool, str)):
-        numbers = [kind for kind in kinds if kind in _NUMBERS]
+    numbers = [kind for kind in kinds if kind in _NUMBERS]
+    if numbers and isinstance(value, (bool, str, int, float)) and type(value) not in kinds:
         # What else may stand here, text or a literal, takes the value or says itself what is wrong.
-        only = all(kind in _NUMBERS or kind is type(None) for kind in kinds) or isinstance(value, bool)
-        if numbers and only and type(value) not in kinds:
+        only = all(kind in _NUMBERS or kind is type(None) or get_origin(kind) in (list, dict) for kind in kinds)
+        if (only or isinstance(value, bool)) and not (type(value) is int and float in kinds):
             raise PydanticKnownError(_NUMBERS[numbers[0]])
     for kind in kinds:
         inner = get_args(kind)
@@ -106,8 +108,8 @@ class TrainingConfig(Strict):
     """Peak rate of a trained head; the learning rate when absent."""
     per_device_train_batch_size: int = Field(32, ge=1)
     per_device_eval_batch_size: int = Field(64, ge=1)
-    epochs: int = Field(1, ge=1)
-    """Passes over each experience."""
+    epochs: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = 1
+    """Passes over each experience; a list gives each experience its own number."""
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps per experience at the most."""
     early_stopping: EarlyStoppingConfig | None = None
@@ -134,6 +136,25 @@ class TrainingConfig(Strict):
     logging_steps: int = Field(10, ge=1)
     num_threads: int | None = Field(None, ge=1)
     """Threads of one process; recorded, because float sums depend on it."""
+
+    @property
+    def most_epochs(self) -> int:
+        return max(self.epochs) if isinstance(self.epochs, list) else self.epochs
+
+    def epochs_of(self, experience: int) -> int:
+        """Passes over the experience of this index.
+
+        Raises:
+            BadInput: a list has no number for it.
+        """
+        if not isinstance(self.epochs, list):
+            return self.epochs
+        if experience >= len(self.epochs):
+            raise BadInput(
+                f"training.epochs: lists {len(self.epochs)} numbers, and there is an experience {experience + 1}; give "
+                "one number for each experience, or one for all"
+            )
+        return self.epochs[experience]
 
 
 class ProtocolConfig(Strict):

@@ -76,9 +76,11 @@ class Output:
         features: pooled features [B, D] that the head saw (classification), image features (image-text).
         other_features: text features of image-text pairs [B, D].
         host: the host's own output object.
+        texts: what the model wrote for each row, where it is scored on that.
     """
 
     logits: Tensor | None = None
     features: Tensor | None = None
     other_features: Tensor | None = None
     host: Any = None
+    texts: Sequence[str] | None = None

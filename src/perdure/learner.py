@@ -74,6 +74,9 @@ class Learner(Loop):
             for batch in self.scored_batches(experience, split, rows):
                 with self.autocast():
                     output = self.forward(_without_answers(batch))
+                if self.objective.writes:
+                    total += _summed(self.objective.grade(batch.rows, output.texts, experience.name))  # type: ignore[attr-defined]
+                    continue
                 if together:  # every row is scored against all others
                     parts.append((replace(batch, inputs={}), output))
                     continue
@@ -83,7 +86,7 @@ class Learner(Loop):
         return self.objective.finish(float(total[0]), int(total[1]))
 
     def _score(self, batch: Batch, output: Output, allowed: Tensor | None) -> Tensor:
-        return torch.stack([torch.as_tensor(x).double().cpu() for x in self.objective.score(batch, output, allowed)])
+        return _summed(self.objective.score(batch, output, allowed))
 
     def _capped(self, rows: Rows) -> Rows:
         limit = self.protocol.max_test_rows
@@ -106,9 +109,13 @@ class Learner(Loop):
         return allowed
 
     def forward(self, batch: Batch) -> Output:
-        """One forward pass as it is used in evaluation, through the method that owns the prediction."""
+        """One forward pass as it is used in evaluation, through the method that owns the prediction; what the model
+        writes, where it is scored on that.
+        """
 
         def plain(b: Batch) -> Output:
+            if self.objective.writes:
+                return self.objective.write(self.model, self.processor, b)  # type: ignore[attr-defined]
             return self.objective.forward(self.model, self.head, b, self.pooling)
 
         owner = next((method for method in self.methods if method.predict is not None), None)
@@ -461,8 +468,21 @@ class Learner(Loop):
 
 def _without_answers(batch: Batch) -> Batch:
     """What a method may see of rows that are scored or predicted."""
-    rows = [{key: value for key, value in row.items() if key not in ("label", "answer")} for row in batch.rows]
-    return replace(batch, labels=None, rows=rows)
+    return replace(batch, labels=None, rows=[_question(row) for row in batch.rows])
+
+
+def _question(row: Row) -> Row:
+    kept = {key: value for key, value in row.items() if key not in ("label", "answer")}
+    if kept.get("messages") is not None:
+        turns = list(kept["messages"])
+        while turns and turns[-1]["role"] == "assistant":
+            turns.pop()
+        kept["messages"] = turns
+    return kept
+
+
+def _summed(parts: tuple[Tensor, Tensor]) -> Tensor:
+    return torch.stack([torch.as_tensor(x).double().cpu() for x in parts])
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -383,7 +383,8 @@ class Loop(Stepping):
     def _plan(self, rows: Rows) -> Plan:
         t = self.training
         pretrain = self._pretraining
-        epochs = t.epochs if pretrain is None or pretrain.epochs is None else pretrain.epochs
+        own = None if pretrain is None else pretrain.epochs
+        epochs = t.epochs_of(self.position.experience) if own is None else own
         return Plan(
             len(rows), t.per_device_train_batch_size, t.gradient_accumulation_steps, self.accelerator.num_processes,
             self.accelerator.process_index, epochs, t.max_steps,

@@ -67,8 +67,9 @@ class Passes:
         size = self.training.per_device_eval_batch_size
         known = (labels if labels is not None else self.labels) if self.head is not None and not unlabelled else None
         numbers = list(range(len(rows)))
-        if by_length and len(rows) and "text" in rows[0]:
-            numbers.sort(key=lambda number: len(rows[number].get("text") or ""))
+        field = next((name for name in ("text", "prompt") if len(rows) and name in rows[0]), None)
+        if by_length and field:
+            numbers.sort(key=lambda number: len(rows[number].get(field) or ""))
         for start in range(0, len(rows), size):
             chosen = numbers[start : start + size]
             picked = take(rows, chosen)

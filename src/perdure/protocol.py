@@ -92,7 +92,7 @@ def check_granted(methods: Sequence[Method], protocol: ProtocolConfig, training:
             )
         if "all_data" in method.needs and method.status != "upper bound":
             raise ProtocolRefused(f"method: {method.name} needs all data at once, which only an upper bound may have")
-    if protocol.passes is not None and training.epochs > protocol.passes:
+    if protocol.passes is not None and training.most_epochs > protocol.passes:
         raise ProtocolRefused(
             f"training.epochs: is {training.epochs}, but the protocol grants {protocol.passes} pass(es) over each "
             "experience; lower it or raise protocol.passes"

@@ -399,7 +399,7 @@ def _check_stream(recipe: Recipe) -> None:
     scenario = recipe.stream.scenario
     if scenario == "boundary_free" and recipe.protocol.boundaries == "train":
         raise BadInput("protocol.boundaries: is train, but stream.scenario boundary_free has none; set it to none")
-    if scenario == "online" and recipe.training.epochs > 1:
+    if scenario == "online" and recipe.training.most_epochs > 1:
         raise BadInput(
             f"training.epochs: is {recipe.training.epochs}, but stream.scenario online is a single pass; set it to 1"
         )

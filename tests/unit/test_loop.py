@@ -292,3 +292,25 @@ def test_a_row_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     learner.learn(cases.experiences("bert", 1, rows=12)[0])
     assert sum(encoded) == 12 + 2 + 2 and learner.counters.samples == 16
+
+
+def test_each_experience_may_have_its_own_number_of_passes() -> None:
+    made = cases.experiences("bert", 3, rows=4)
+    learner = build("finetune", epochs=[1, 3], per_device_train_batch_size=4)
+    taken = []
+    for experience in made[:2]:
+        learner.learn(experience)
+        taken.append(learner.counters.steps)
+    assert taken == [1, 4]
+    before = copied(learner.state_dict())
+    with pytest.raises(BadInput, match="training.epochs: lists 2 numbers, and there is an experience 3; give one"):
+        learner.learn(made[2])
+    assert not differences(before, copied(learner.state_dict())) and learner.position.phase == "boundary"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [*(("epochs", value) for value in ([], [0], [1, True], "2", [1.5], 2.0, True)), ("bf16", 1)]
+)
+def test_numbers_and_truth_are_not_read_into_each_other(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        TrainingConfig.model_validate({field: value})

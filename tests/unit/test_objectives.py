@@ -10,8 +10,9 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from perdure.data import Batch, Output
 from perdure.errors import BadInput
+from perdure.objectives._augment import flip_crop, resized_crop
 from perdure.objectives.causal_lm import CausalLM
-from perdure.objectives.classification import Classification, flip_crop, pool
+from perdure.objectives.classification import Classification, pool
 from perdure.processors import ByteTokenizer, ImageProcessor
 from perdure.registry import HEADS, OBJECTIVES
 
@@ -211,8 +212,9 @@ def test_wrong_labels_processors_and_settings_are_named(bert):
 
 
 # ---- classification of images
-def test_augmentation_is_a_function_of_the_seed():
-    obj = objective("classification", augment="flip_crop")
+@pytest.mark.parametrize("kind", ["flip_crop", "resized_crop"])
+def test_augmentation_is_a_function_of_the_seed(kind):
+    obj = objective("classification", augment=kind)
     rng = np.random.default_rng(0)
     rows = [{"image": rng.integers(0, 256, (16, 16, 3)).astype(np.uint8), "label": "x"}] * 2
     processor = ImageProcessor((16, 16))
@@ -227,6 +229,24 @@ def test_augmentation_is_a_function_of_the_seed():
     assert np.array_equal(plain[0]["pixel_values"], processor(rows[0]["image"]))
     with pytest.raises(ValueError, match="one seed"):
         obj.encode(rows, processor, True)
+
+
+def test_parts_of_an_image_of_any_size():
+    height, width = 40, 60
+    image = np.stack(np.broadcast_arrays(np.arange(height)[:, None], np.arange(width)[None], 0), -1).astype(np.uint8)
+    areas, ratios, mirrored = [], [], 0
+    for seed in range(400):
+        part = resized_crop(image, seed)
+        h, w = part.shape[:2]
+        rows, columns = part[:, 0, 0].astype(int), part[0, :, 1].astype(int)
+        mirrored += columns[0] > columns[-1]
+        steps = -1 if columns[0] > columns[-1] else 1
+        assert (np.diff(rows) == 1).all() and (np.diff(columns) == steps).all()  # a connected part, nothing else
+        areas.append(h * w / (height * width))
+        ratios.append(w / h)
+    assert 0.04 < min(areas) < 0.1 and max(areas) > 0.8  # whole pixels round the bounds
+    assert min(ratios) > 0.7 and max(ratios) < 1.42 and 150 < mirrored < 250
+    assert resized_crop(np.zeros((1, 90, 3), np.uint8), 0).shape == (1, 1, 3)  # no draw fits: cut from the centre
 
 
 def test_flip_and_crop_by_hand():
@@ -276,7 +296,8 @@ def test_long_rows_keep_what_is_learnt():
         [{"prompt": "abcdefgh", "answer": "xy"}, {"text": "abcdefgh"}, {"prompt": "ab", "answer": "stuvwxyz"}],
         TOKENIZER,
     )
-    assert prompt["input_ids"] == [*b"fghxy", 258] and prompt["labels"] == [-100] * 3 + [*b"xy", 258]
+    # A prompt keeps its end and the token that opens every text.
+    assert prompt["input_ids"] == [257, *b"ghxy", 258] and prompt["labels"] == [-100] * 3 + [*b"xy", 258]
     assert text["input_ids"] == text["labels"] == [257, *b"abcde"]
     assert answer["input_ids"] == [*b"bstuvw"] and answer["labels"] == [-100, *b"stuvw"]
     assert len(objective("causal_lm", block_size=None).encode([{"text": "a" * 999}], TOKENIZER)[0]["input_ids"]) == 1000
@@ -393,5 +414,5 @@ def test_models_that_do_not_fit_are_refused(gpt2):
 
 def test_objectives_are_known_by_name():
     assert isinstance(objective("classification"), Classification) and isinstance(objective("causal_lm"), CausalLM)
-    assert OBJECTIVES.names() == ["causal_lm", "classification", "image_text"]
+    assert OBJECTIVES.names() == ["causal_lm", "classification", "image_text", "instruction"]
     assert not CausalLM.needs_head and not CausalLM.higher_is_better and CausalLM.metric == "perplexity"

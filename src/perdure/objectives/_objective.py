@@ -32,6 +32,8 @@ class Objective(ABC):
         higher_is_better: direction of the metric.
         needs_head: whether a head of ours maps features to class scores.
         default_head: the head where none is named.
+        writes: whether it is scored on what the model writes: then it has `write(model, processor, batch)`, an Output
+            with texts, and `grade(rows, texts, experience)`, parts of the metric as those of `score`.
         predicts_tokens: whether the loss at a token asks for the next one, so that nothing later may reach it.
         by_text: whether it encodes the names of classes, which a head with `by_text` needs; only such a head fits then.
     """
@@ -39,10 +41,11 @@ class Objective(ABC):
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
-    metric: ClassVar[Literal["accuracy", "perplexity"]]
+    metric: ClassVar[Literal["accuracy", "perplexity", "score"]]
     higher_is_better: ClassVar[bool]
     needs_head: ClassVar[bool]
     default_head: ClassVar[str] = "cosine"
+    writes: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
     by_text: ClassVar[bool] = False
 

@@ -65,11 +65,29 @@ class CausalLM(Objective):
             raise BadInput(
                 f"model: {type(model).__name__} has no language-modelling head; load it with AutoModelForCausalLM"
             )
-        limit, size = position_limit(model), self.config.block_size
+        self.check_length(model)
+
+    def check_length(self, model: Any) -> None:
+        """Raises BadInput where rows may be longer than the model's positions."""
+        limit, size = position_limit(model), self.longest
         if limit is not None and (size is None or size > limit):
             raise BadInput(
                 f"objective.block_size: {size} is more than the model's {limit} positions; set it to {limit} or less"
             )
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of a row at the most."""
+        return self.config.block_size
+
+    def cut(self, prompt: list[int], answer: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
+        """Prompt and answer at their greatest lengths: the answer loses its end, the prompt its beginning."""
+        size = self.longest
+        if size is not None:
+            # One token of the prompt stays: the first answer token is predicted from it.
+            answer = answer[: size - 1] if prompt else answer[:size]
+            prompt = last_tokens(prompt, size - len(answer), tokenizer)
+        return prompt, answer
 
     def encode(
         self, rows: Rows, processor: Any, training: bool = False, seeds: Sequence[int] | None = None
@@ -79,7 +97,7 @@ class CausalLM(Objective):
         kinds = [_kind(row, i, tokenizer) for i, row in enumerate(rows)]
         plain = [i for i, kind in enumerate(kinds) if kind == "text"]
         texts = [require(rows[i], i, "text", str, REMEDY) for i in plain]
-        tokens = dict(zip(plain, encode_texts(tokenizer, texts, self.config.block_size), strict=True))
+        tokens = dict(zip(plain, encode_texts(tokenizer, texts, self.longest), strict=True))
         out = []
         for position, (row, kind) in enumerate(zip(rows, kinds, strict=True)):
             if kind == "text":
@@ -102,11 +120,7 @@ class CausalLM(Objective):
             answer = [*answer, end]
         if not answer:
             raise BadInput(f"row {position}: field 'answer' gives no token, found {answer_text!r}; {REMEDY}")
-        size = self.config.block_size
-        if size is not None:
-            # One token of the prompt stays: the first answer token is predicted from it.
-            answer = answer[: size - 1] if prompt else answer[:size]
-            prompt = prompt[max(0, len(prompt) + len(answer) - size) :]
+        prompt, answer = self.cut(prompt, answer, tokenizer)
         return prompt + answer, [-100] * len(prompt) + answer
 
     def _conversation(self, row: Row, position: int, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -124,7 +138,7 @@ class CausalLM(Objective):
                     f"of turn {turn} cannot be told apart; give `prompt` and `answer`"
                 )
             labels[len(before) : len(after)] = after[len(before) :]
-        size = self.config.block_size
+        size = self.longest
         if size is not None and len(ids) > size:
             ids, labels = ids[-size:], labels[-size:]
         return ids, labels
@@ -175,18 +189,21 @@ class CausalLM(Objective):
         rows: Rows,
         max_new_tokens: int = 64,
         batch_size: int = 8,
+        max_prompt: int | None = None,
         **options: Any,
     ) -> list[str]:
         """What the model writes after each row's `prompt`, else `messages` up to the last user turn, else `text`.
 
-        Padded on the left, greedy unless `options` of `model.generate` say otherwise; the answer ends before its end
-        token. The model's training mode is put back.
+        Padded on the left, of a prompt the last `max_prompt` tokens, greedy unless `options` of `model.generate` say
+        otherwise; the answer ends before its end token. The model's training mode is put back.
         """
         import torch
 
         tokenizer = tokenizer_of(processor)
         end, pad = getattr(tokenizer, "eos_token_id", None), pad_id(tokenizer)
         prompts = [self._to_continue(row, i, tokenizer, max_new_tokens, model) for i, row in enumerate(rows)]
+        if max_prompt is not None:
+            prompts = [last_tokens(ids, max_prompt, tokenizer) for ids in prompts]
         device = model.get_input_embeddings().weight.device
         settings = {"do_sample": False, "pad_token_id": pad, "eos_token_id": end, **options}
         training = model.training
@@ -228,8 +245,18 @@ class CausalLM(Objective):
         if limit is not None:
             if new >= limit:
                 raise BadInput(f"max_new_tokens: {new} leaves no room for a prompt in {limit} positions")
-            ids = ids[-(limit - new) :]
+            ids = last_tokens(ids, limit - new, tokenizer)
         return ids
+
+
+def last_tokens(ids: list[int], size: int, tokenizer: Any) -> list[int]:
+    """The end of a prompt that is too long; the token that opens every text stays: some models go astray without it."""
+    if len(ids) <= size:
+        return ids
+    first = getattr(tokenizer, "bos_token_id", None)
+    if size > 1 and first is not None and ids[0] == first:
+        return [first, *ids[len(ids) - size + 1 :]]
+    return ids[len(ids) - size :]
 
 
 def _with_masks(prompts: list[list[int]], pad: int) -> list[tuple[list[list[int]], int]]:

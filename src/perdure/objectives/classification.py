@@ -21,6 +21,7 @@ from ..processors import (
     to_rgb,
     tokenizer_of,
 )
+from ._augment import AUGMENTATIONS, Augmentation
 from ._objective import Objective, index_tensor, pad_right, register, require
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ class Classification(Objective):
         """Tokens of a text at the most; the rest is cut off."""
         normalize: bool = False
         """Features to unit norm. Off: the cosine and ridge heads do it themselves, a linear head wants the length."""
-        augment: Literal["none", "flip_crop"] = "none"
-        """Images in training: mirrored half of the time, shifted by up to an eighth of each side."""
+        augment: Augmentation = "none"
+        """Images in training, mirrored half of the time: flip_crop shifts by up to an eighth of each side, resized_crop
+        cuts out a part of any size."""
         tower: Literal["vision", "text"] | None = None
         """Of a model with two towers (CLIP) the one that is adapted and whose features are classified."""
 
@@ -117,14 +119,14 @@ class Classification(Objective):
                         f"row {position}: field 'text' gives no token, found {texts[position]!r}; leave it out"
                     )
             return [{"input_ids": ids, "pad": pad} for ids in encoded]
-        augment = training and self.config.augment == "flip_crop"
+        augment = AUGMENTATIONS.get(self.config.augment) if training else None
         if augment and (seeds is None or len(seeds) != len(rows)):
             raise ValueError(f"augmentation needs one seed for each of {len(rows)} rows")
         out = []
         for position, row in enumerate(rows):
             image = image_of(row, position)
             if augment and seeds is not None:
-                image = flip_crop(image, seeds[position])
+                image = augment(image, seeds[position])
             out.append({"pixel_values": encode_image(processor, image)})
         return out
 
@@ -256,23 +258,6 @@ def image_of(row: Mapping[str, Any], position: int) -> np.ndarray:
         return to_rgb(row["image"])
     except BadInput as error:
         raise BadInput(f"row {position}: field 'image': {error}") from None
-
-
-def flip_crop(image: np.ndarray, seed: int) -> np.ndarray:
-    """Mirrors with probability 1/2, pads each side by an eighth (as 4 of 32 on CIFAR) and cuts the old size at random.
-
-    A pure function of image [H, W, 3] uint8 and seed.
-    """
-    import numpy as np
-
-    random = np.random.default_rng(seed)
-    if random.random() < 0.5:
-        image = image[:, ::-1]
-    height, width = image.shape[:2]
-    pad_y, pad_x = height // 8, width // 8
-    top, left = int(random.integers(2 * pad_y + 1)), int(random.integers(2 * pad_x + 1))
-    padded = np.pad(image, ((pad_y, pad_y), (pad_x, pad_x), (0, 0)))
-    return np.ascontiguousarray(padded[top : top + height, left : left + width])
 
 
 # ---- the host

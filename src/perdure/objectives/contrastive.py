@@ -32,7 +32,7 @@ text once. Padding of class texts counts in router statistics, which know no mas
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
@@ -48,8 +48,9 @@ from ..processors import (
     position_limit,
     tokenizer_of,
 )
+from ._augment import AUGMENTATIONS, Augmentation
 from ._objective import Objective, index_tensor, pad_right, register, require
-from .classification import class_ids, classification_terms, flip_crop, image_of, pool
+from .classification import class_ids, classification_terms, image_of, pool
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +85,7 @@ class ImageText(Objective):
         colon chooses the template and is left out of the text, where it is a key here."""
         max_length: int = Field(77, ge=2)
         """Tokens of a text at the most, its end token included; the rest is cut off. CLIP has 77 positions."""
-        augment: Literal["none", "flip_crop"] = "none"
+        augment: Augmentation = "none"
         """Images in training: mirrored half of the time, shifted by up to an eighth of each side."""
 
         @field_validator("template", "templates", mode="after")
@@ -183,14 +184,14 @@ class ImageText(Objective):
     ) -> list[dict[str, Any]]:
         if not rows:
             return []
-        augment = training and self.config.augment == "flip_crop"
+        augment = AUGMENTATIONS.get(self.config.augment) if training else None
         if augment and (seeds is None or len(seeds) != len(rows)):
             raise ValueError(f"augmentation needs one seed for each of {len(rows)} rows")
         out = []
         for position, row in enumerate(rows):
             image = image_of(row, position)
             if augment and seeds is not None:
-                image = flip_crop(image, seeds[position])
+                image = augment(image, seeds[position])
             out.append({"pixel_values": encode_image(processor, image)})
         if self.unlabelled(rows):
             texts = [require(row, i, "text", str, REMEDY) for i, row in enumerate(rows)]
@@ -301,11 +302,13 @@ class ImageText(Objective):
         if allowed is not None and allowed.dim() == 1 and output.logits is not None:
             allowed = allowed.expand(output.logits.shape)
         assert batch.labels is not None
-        found = {name: getattr(output, name) for name in ("logits", "features", "other_features")}
-        found = {name: None if tensor is None else gather_rows(tensor) for name, tensor in found.items()}
+        logits, features, others = (
+            None if tensor is None else gather_rows(tensor)
+            for tensor in (output.logits, output.features, output.other_features)
+        )
         labels = gather_rows(batch.labels, fill=-100)
         every = None if allowed is None else gather_rows(allowed.to(labels), fill=1) > 0
-        summed, count = self.loss(Batch({}, labels), Output(**found, host=output.host), every)
+        summed, count = self.loss(Batch({}, labels), Output(logits, features, others, output.host), every)
         return summed / processes(), count
 
     def score(self, batch: Batch, output: Output, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from ..evaluation.compare import COMPARISON_SCHEMA
 from ..evaluation.metrics import check_matrix, check_row, summary
 
 REPORT_SCHEMA = 1
-METRICS = ("accuracy", "perplexity")
+METRICS = ("accuracy", "perplexity", "score")
 
 _TEXT = (str,)
 _OPTIONAL_TEXT = (str, type(None))

@@ -45,6 +45,7 @@ def _environment() -> Any:
         signed=words.signed,
         score=words.score,
         unit=words.unit,
+        percent=words.percent,
         hints=words.HINTS,
     )
     return environment

@@ -31,12 +31,12 @@ def names_of(report: Report) -> list[str]:
 
 
 def score_axis(values: Sequence[float], metric: str, label: str) -> svg.Axis:
-    """An axis for scores: accuracies from 0 to 100 % unless all lie high; perplexities from their own range."""
+    """An axis: what is shown in per cent from 0 to 100 % unless all lie high; perplexities from their own range."""
 
     def show(v: float) -> str:
-        return words.minus(f"{100 * v:.4g}") if metric == "accuracy" else words.minus(f"{v:,.6g}")
+        return words.minus(f"{100 * v:.4g}") if words.percent(metric) else words.minus(f"{v:,.6g}")
 
-    if metric == "accuracy":
+    if words.percent(metric):
         low = min(values, default=0.0)
         floor = math.floor((low - 0.02) * 10) / 10 if low > 0.5 else 0.0
         return svg.Axis(min(floor, math.floor(low * 10) / 10), max(1.0, max(values, default=1.0)), f"{label} (%)", show)
@@ -67,8 +67,8 @@ def _binned(rows: list[list[float | None]]) -> tuple[list[list[float | None]], i
 
 
 def shade_for(values: Sequence[float], metric: str, higher_is_better: bool) -> Callable[[float], float]:
-    """Value -> depth of colour, deep for good: accuracy on 0 to 1, perplexity by its logarithm over the given range."""
-    if metric == "accuracy" and higher_is_better:
+    """Value -> depth of colour, deep for good: shares on 0 to 1, perplexity by its logarithm over the given range."""
+    if words.percent(metric) and higher_is_better:
         return lambda v: v
     logs = [math.log(max(v, 1e-12)) for v in values]
     low, high = min(logs, default=0.0), max(logs, default=1.0)
@@ -113,7 +113,7 @@ def matrix_heatmap(
         extra = averages
     title = "score on each experience (columns) after learning each experience (rows)"
     plot = svg.heatmap(cells, row_names, columns, show, shade, title, diagonal=k == 1, extra=extra, compact=compact)
-    unit = "Accuracy in per cent" if metric == "accuracy" else "Perplexity"
+    unit = metric.capitalize() + (" in per cent" if words.percent(metric) else "")
     caption = f"{unit}. Row: after learning this experience. Column: test rows of this experience. Deep is better. "
     caption += "Outlined: just learnt; below it one sees what was kept. Empty: not measured." if k == 1 else ""
     if k > 1:
@@ -244,7 +244,7 @@ def arm_curves(arms: Mapping[str, Sequence[Report]], metric: str) -> str:
                 continue
             points.append((i + 1.0, mean))
             if low is not None and high is not None:
-                edge = (max(low, 0.0), min(high, 1.0)) if metric == "accuracy" else (max(low, 0.0), high)
+                edge = (max(low, 0.0), min(high, 1.0)) if words.percent(metric) else (max(low, 0.0), high)
                 band.append((i + 1.0, *edge))
         values += [v for _, v in points] + [v for _, a, b in band for v in (a, b)]
         series.append(svg.Series(arm, points, band, style))
@@ -269,7 +269,7 @@ def arm_plane(comparison: Mapping[str, Any], block: str, name: str) -> str:
         if not across or not up or across["mean"] is None or up["mean"] is None:
             continue
         xs = _bar(across) if block == "metrics" else None
-        ys = _bar(up, 0.0, 1.0) if metric == "accuracy" else _bar(up, 0.0)
+        ys = _bar(up, 0.0, 1.0) if words.percent(metric) else _bar(up, 0.0)
         hollow = row["status"] in ("upper bound", "control")
         points.append(svg.Point(row["arm"], across["mean"], up["mean"], style, hollow, xs, ys))
     if not points:
@@ -282,11 +282,11 @@ def arm_plane(comparison: Mapping[str, Any], block: str, name: str) -> str:
 
 def _score_x(points: Sequence[svg.Point], metric: str, name: str) -> svg.Axis:
     values = [v for p in points for v in (p.x, *(p.xs or ()))]
-    unit = " (points)" if metric == "accuracy" else ""
-    scale = 100 if metric == "accuracy" else 1
+    unit = " (points)" if words.percent(metric) else ""
+    scale = 100 if words.percent(metric) else 1
     return svg.Axis(
         min(0.0, *values),
-        max(0.05 if metric == "accuracy" else 0.5, *values),
+        max(0.05 if words.percent(metric) else 0.5, *values),
         words.label(name, metric).lower() + unit,
         lambda v: words.minus(f"{scale * v:.4g}"),
     )

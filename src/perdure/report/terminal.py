@@ -33,7 +33,7 @@ def run_table(report: Mapping[str, Any]) -> Table:
 
     rows, names, metric = check_matrix(report["matrix"]), names_of(report), report["metric"]
     shown = list(range(len(rows[0]) if rows else 0))[-MOST_COLUMNS:]
-    unit = "per cent" if metric == "accuracy" else ""
+    unit = "per cent" if words.percent(metric) else ""
     title = f"{escape(words.label('average_accuracy', metric))} and its parts{', ' + unit if unit else ''}"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("after learning", overflow="fold")
@@ -117,7 +117,7 @@ def print_comparison(comparison: Mapping[str, Any], console: Console | None = No
 
     console = console or Console(emoji=False)  # names are names: `:bomb:` is no picture
     console.print(comparison_table(comparison))
-    legend = "average and learning accuracy, forgetting: per cent; " if comparison["metric"] == "accuracy" else ""
+    legend = "average and learning accuracy, forgetting: per cent; " if words.percent(comparison["metric"]) else ""
     legend += "bold: best of the column, upper bounds aside"
     if any(len(row["seeds"]) > 1 for row in comparison["rows"]):
         legend += "; ±: half of the 95 % interval over seeds"

@@ -60,6 +60,11 @@ HINTS = {
 }
 
 
+def percent(metric: str) -> bool:
+    """Whether scores of a metric lie in [0, 1] and are shown in per cent, their differences in points."""
+    return metric in ("accuracy", "score")
+
+
 def label(name: str, metric: str = "accuracy") -> str:
     """What a reader sees for a figure's key; unknown keys lose their underscores."""
     known = _LABELS.get(name)
@@ -71,7 +76,7 @@ def label(name: str, metric: str = "accuracy") -> str:
 
 def unit(name: str, metric: str = "accuracy") -> str:
     """What stands behind a score: per cent, points for differences, nothing for perplexity."""
-    if metric != "accuracy":
+    if not percent(metric):
         return ""
     return "points" if name in DIFFERENCES else "%"
 
@@ -84,7 +89,7 @@ def score(value: float | None, metric: str = "accuracy", digits: int = 1) -> str
     """A score: accuracy in per cent without the sign, perplexity as it is."""
     if value is None:
         return DASH
-    if metric == "accuracy":
+    if percent(metric):
         return minus(_plain(f"{100 * value:.{digits}f}"))
     digits = 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
     return minus(_plain(f"{value:,.{digits}f}"))

@@ -76,6 +76,10 @@ NAMED: dict[str, Named] = {
     ),
     "banking77": _jsonl("intent", "banking77"),
     **{f"textcl/{name}": _jsonl("textcl", name) for name in TEXTCL},
+    # The same rows as trace500/yahoo, as text with a label; O-LoRA's sequences need it among the classification tasks.
+    "textcl/yahoo_topics": _jsonl(
+        "trace500", "yahoo", "train valid=eval test", fields={"text": "prompt", "label": "answer"}
+    ),
     "trace/fomc": _jsonl("trace", "fomc"),
     "trace/c_stance_a": _jsonl("trace", "c_stance_a"),
     **{f"trace500/{name}": _jsonl("trace500", name, "train valid=eval test", "pairs") for name in TRACE500},
