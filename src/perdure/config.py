@@ -157,6 +157,18 @@ class TrainingConfig(Strict):
         return self.epochs[experience]
 
 
+class ProbeConfig(Strict):
+    """Scores between the boundaries, on the experiences met so far; the current one included."""
+
+    every: int = Field(10, ge=1)
+    """Optimizer steps of the run between two looks; the end of each experience is one too."""
+    rows: int | None = Field(None, ge=1)
+    """Test rows per experience that are looked at, drawn once and the same for every arm and seed; those of the
+    boundaries when absent."""
+    window: int | None = Field(None, ge=2)
+    """Steps of the window of `windowed_forgetting` and `windowed_plasticity`; ten times `every` when absent."""
+
+
 class ProtocolConfig(Strict):
     """What a method may see and store. What is not granted is withheld from the batch."""
 
@@ -178,6 +190,8 @@ class ProtocolConfig(Strict):
     """Experiences whose test rows are scored after each experience; `all` declares every test set known."""
     max_test_rows: int | None = Field(None, ge=1)
     """Test rows per experience that are scored, drawn once and the same for every arm and seed; all when absent."""
+    probe: ProbeConfig | None = None
+    """Scores between the boundaries; none when absent."""
     max_forgetting: float | None = None
     """The run ends with exit code 66 when the report's forgetting is above this."""
 

@@ -22,7 +22,7 @@ from .data import Batch, Output, Row, Rows
 from .early_stopping import EarlyStopping
 from .errors import BadInput
 from .heads import Head
-from .loading import derived_seed
+from .loading import derived_seed, drawn
 from .loop import Loop
 from .memory.observe import RouterLog
 from .models import ASKED
@@ -61,7 +61,9 @@ class Learner(Loop):
         return {experience.index: self._evaluate_one(experience, split) for experience in experiences}
 
     def _evaluate_one(self, experience: Experience, split: str) -> float | None:
-        rows = self._capped(getattr(experience, split))
+        rows = getattr(experience, split)
+        if self.protocol.max_test_rows is not None:
+            rows = drawn(rows, self.protocol.max_test_rows)
         if not len(rows):
             return None
         together = self.head is not None and self.objective.unlabelled(rows)
@@ -87,14 +89,6 @@ class Learner(Loop):
 
     def _score(self, batch: Batch, output: Output, allowed: Tensor | None) -> Tensor:
         return _summed(self.objective.score(batch, output, allowed))
-
-    def _capped(self, rows: Rows) -> Rows:
-        limit = self.protocol.max_test_rows
-        if limit is None or len(rows) <= limit:
-            return rows
-        generator = torch.Generator().manual_seed(0)  # the same rows for every arm and seed
-        chosen = torch.randperm(len(rows), generator=generator)[:limit].sort().values.tolist()
-        return [rows[number] for number in chosen]
 
     def _allowed_at_test(self, experience: Experience) -> Tensor | None:
         if self.head is None:

@@ -110,6 +110,14 @@ def evenly(rows: Rows, most: int) -> Rows:
     return [rows[number * len(rows) // most] for number in range(most)]
 
 
+def drawn(rows: Rows, limit: int) -> Rows:
+    """At most `limit` rows, drawn once and for all in their order: the same for every arm and seed."""
+    if len(rows) <= limit:
+        return rows
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:limit].sort().values.tolist()
+    return [rows[number] for number in chosen]
+
+
 def take(rows: Rows, numbers: Sequence[int]) -> list[Row]:
     """Rows by number with canonical fields; -1 stands for the filler, the first row."""
     return [canonical(rows[max(number, 0)]) for number in numbers]

@@ -21,6 +21,7 @@ from .evaluation.plasticity import feature_drift
 from .learner import Learner
 from .memory.observe import RouterLog
 from .models import load_model, model_name
+from .probing import Probing
 from .progress import Progress
 from .recipe import Recipe, resolved_yaml
 from .registry import OBJECTIVES
@@ -202,6 +203,8 @@ class Run:
         self.router_history: list[dict[str, float]] = []
         self.evaluation_seconds = 0.0
         self.probes: dict[int, Tensor] = {}
+        probe = recipe.protocol.probe
+        self.probing = None if probe is None else Probing(probe)
         self.environment = environment(self.learner.device)
         self.notes: list[str] = []
 
@@ -258,6 +261,8 @@ class Run:
         if losses:
             line = {"step": learner.counters.steps, "experience": position.experience, **losses}
             append_line(self.losses_path, json.dumps(line))
+        if self.probing is not None:
+            self.probing.after_step(learner, self.stream)
         every = self.recipe.training.save_steps
         if self.interrupt.is_set() or (every and position.step % every == 0):
             self._save()
@@ -284,6 +289,8 @@ class Run:
             self._save()
             raise
         self._keep(experience, probe)
+        if self.probing is not None:
+            self.probing.after_experience(learner, self.stream)
         self.matrix.append(row)
         learner.position.phase = "boundary"
         self.evaluation_seconds += time.perf_counter() - started
@@ -399,6 +406,7 @@ class Run:
             "losses_bytes": self.losses_path.stat().st_size if self.losses_path.exists() else 0,
             "environment": self.environment, "stream_hash": self.stream.hash, "base_hash": self.base_hash,
             "evaluation_seconds": self.evaluation_seconds, "notes": self.notes, "report": report,
+            "probing": None if self.probing is None else self.probing.state_dict(),
         }  # fmt: skip
         self.store.save(self.learner.counters.steps, tensors, values, boundary=boundary)
 
@@ -428,6 +436,8 @@ class Run:
         self.matrix, self.baseline, self.trainable = kept["matrix"], kept["baseline"], kept["trainable"]
         self.drift, self.router_history, self.router = kept["drift"], kept["router_history"], kept["router"]
         self.evaluation_seconds = kept["evaluation_seconds"]
+        if self.probing is not None:
+            self.probing.load_state_dict(kept["probing"])
         self.notes = [*kept["notes"], *(note for note in self.notes if note not in kept["notes"])]
         self.probes = {int(k.split("/")[1]): t for k, t in state.tensors.items() if k.startswith("probe/")}
         truncate(self.losses_path, kept["losses_bytes"])

@@ -34,7 +34,9 @@ def report_of(run: Run, status: str) -> dict[str, Any]:
         cost=_cost(run),
         status=status,
         plasticity=_plasticity(run),
-        curves={"loss": read_losses(run.losses_path)},
+        metrics=None if run.probing is None else run.probing.figures(learner.objective.higher_is_better),
+        curves={"loss": read_losses(run.losses_path)}
+        | ({} if run.probing is None else {"probe": run.probing.curves()}),
         router=run.router,
         environment=run.environment,
         notes=run.notes,
@@ -80,6 +82,7 @@ def _cost(run: Run) -> dict[str, float]:
         "total_parameters": sum(p.numel() for p in learner.system.parameters()),
         "stored_bytes": learner.stored_bytes(), "steps": counters.steps, "samples": counters.samples,
         "extra_passes": counters.extra_passes, "extra_rows": counters.extra_rows,
+        **({} if run.probing is None else {"probe_seconds": run.probing.seconds}),
     }  # fmt: skip
 
 

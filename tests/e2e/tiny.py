@@ -42,6 +42,8 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "moram-lm": ({"moram": MORAM}, None),
     "moram-clip": ({"moram": MORAM}, None),
 }
+PROBED = ("moram+er", "moram-lm")
+"""Arms that are scored between the boundaries too."""
 
 
 def rows(label: str, number: int, seed: int) -> list[dict[str, str]]:
@@ -127,6 +129,8 @@ def write_arm(folder: Path, arm: str) -> Path:
     changes = language(folder) if arm.endswith("-lm") else images(folder) if arm.endswith("-clip") else {}
     if arm.endswith("-growing"):
         changes |= {"protocol": {"boundaries": "none"}, "training": {"lr_scheduler": "constant"}}
+    if arm in PROBED:
+        changes["protocol"] = {**changes.get("protocol", {}), "probe": {"every": 2, "rows": 3}}
     return write_recipe(folder, *ARMS[arm], **changes)
 
 

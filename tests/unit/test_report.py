@@ -309,7 +309,8 @@ def test_best_cells_leave_upper_bounds_aside():
     assert ("moram, protected keys + ridge", "average_accuracy") in named
     assert not any(arm == "joint" for arm, _ in named)
     assert ("frozen + ridge", "trainable_parameters") in named
-    assert {name for _, name in named} == {name for _, name in words.COLUMNS}
+    assert {name for _, name in named} == {name for _, name in words.columns(comparison)}
+    assert "anytime_accuracy" not in {name for _, name in named}  # no arm was probed
 
 
 def test_number_formats():

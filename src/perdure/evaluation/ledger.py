@@ -248,9 +248,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(members: Sequence[Mapping[str, Any]]) -> list[str]:
+    probed = any((row["metrics"].get("anytime_accuracy") or {}).get("mean") is not None for row in members)
+    names = ["average_accuracy", "forgetting", "learning_accuracy", *(["anytime_accuracy"] if probed else [])]
+    heads = ["average", "forgetting", "learning", *(["anytime"] if probed else [])]
     lines = [
-        "| method | head | average | forgetting | learning | trainable | MB stored | s | seeds | published | status |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|---|---|",
+        f"| method | head | {' | '.join(heads)} | trainable | MB stored | s | seeds | published | status |",
+        f"|---|---|{'--:|' * len(heads)}--:|--:|--:|--:|---|---|",
     ]
     for row in members:
         metrics, cost, published = row["metrics"], row["cost"], row["published"]
@@ -258,9 +261,7 @@ def _table(members: Sequence[Mapping[str, Any]]) -> list[str]:
         # Accuracies are shares, perplexities start at 1.
         scale, digits = (100.0, 1) if average is None or average <= 1 else (1.0, 2)
         cells = [_escape(row["method"]), _escape(row["head"] or "–")]
-        cells += [
-            _figure(metrics, name, scale, digits) for name in ("average_accuracy", "forgetting", "learning_accuracy")
-        ]
+        cells += [_figure(metrics, name, scale, digits) for name in names]
         cells += [_figure(cost, "trainable_parameters", 1, 0), _figure(cost, "stored_bytes", 1e-6, 2)]
         cells += [_figure(cost, "seconds", 1, 0), str(len(row["seeds"]))]
         cells += [f"{_escape(published['figure'])} ({_escape(published['source'])})" if published else "–"]

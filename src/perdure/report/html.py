@@ -15,7 +15,7 @@ from .build import validate_comparison, validate_report, write_text
 
 Report = Mapping[str, Any]
 _HERE = Path(__file__).parent
-_CARDS = ("average_accuracy", "forgetting", "learning_accuracy", "worst_experience")
+_CARDS = ("average_accuracy", "forgetting", "learning_accuracy", "worst_experience", "anytime_accuracy")
 _DIFFERENCES = ("average_accuracy", "forgetting", "learning_accuracy")
 MOST_CLASSES = 400
 
@@ -82,6 +82,7 @@ def render_run(report: Report, path: str | Path | None = None) -> str:
         curve=plots.curve_plot(report),
         forgetting=plots.forgetting_plot(report),
         loss=plots.loss_plot(report),
+        probe=plots.probe_plot(report),
         router=plots.router_plots(report),
         router_columns=list(dict.fromkeys(key for stats in report["router"].values() for key in stats)),
         methods=details.get("method") or [],
@@ -134,7 +135,7 @@ def render_comparison(comparison: Report, reports: Sequence[Report], path: str |
     arms = _arms(comparison, reports)
     metric = comparison["metric"]
     best = words.best_cells(comparison)
-    columns = [c for c in words.COLUMNS if any(c[1] in row[c[0]] for row in comparison["rows"])]
+    columns = [c for c in words.columns(comparison) if any(c[1] in row[c[0]] for row in comparison["rows"])]
     page = _page(
         "comparison.html",
         comparison=comparison,

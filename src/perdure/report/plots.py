@@ -179,6 +179,23 @@ def loss_plot(report: Report, most: int = 240) -> str:
     return svg.lines([line], x, y, "training loss over steps", rules if len(rules) <= 60 else ())
 
 
+def probe_plot(report: Report) -> str:
+    """Scores between the boundaries: the average over the experiences met, over the single experiences' own curves."""
+    found, metric, names = report["curves"].get("probe") or {}, report["metric"], names_of(report)
+    if len(found.get("average") or ()) < 2:
+        return ""
+    series = []
+    for j, points in found["scores"].items():
+        name = f"experience {int(j) + 1}: {names[int(j)]}"
+        series.append(svg.Series(name, [tuple(point) for point in points], style=None, marks=False))
+    mean = [tuple(point) for point in found["average"]]
+    series.append(svg.Series("average over the experiences met", mean, style=0, width=2.0, marks=False))
+    rules = [(float(end), f"experience {n + 2} begins") for n, end in enumerate(found["ends"][:-1])]
+    x = svg.Axis(0, mean[-1][0], "optimizer steps", lambda v: f"{v:,.0f}")
+    y = score_axis([v for s in series for _, v in s.points], metric, metric)
+    return svg.lines(series, x, y, "scores over optimizer steps", rules if len(rules) <= 60 else ())
+
+
 def router_plots(report: Report) -> list[dict[str, str]]:
     """One heat map, layers by roles, for each known figure of the router; nothing where sites have other names."""
     sites = {site: _SITE.match(site) for site in report["router"]}

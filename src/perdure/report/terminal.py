@@ -19,6 +19,7 @@ _HEADINGS = {
     "average_accuracy": "average",
     "forgetting": "forgetting",
     "learning_accuracy": "learning",
+    "anytime_accuracy": "anytime",
     "trainable_parameters": "trainable",
     "stored_bytes": "stored",
     "seconds": "time",
@@ -80,13 +81,14 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
     )
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("arm", overflow="fold", min_width=10)
-    for _, name in words.COLUMNS:
+    columns = words.columns(comparison)
+    for _, name in columns:
         table.add_column(_HEADINGS[name], justify="right", no_wrap=True)
     for i, row in enumerate(comparison["rows"]):
         aside = row["status"] in ("upper bound", "control")
         name = escape(row["arm"]) + (f" [dim]({row['status']})[/]" if aside else "")
         cells = []
-        for block, column in words.COLUMNS:
+        for block, column in columns:
             shown = escape(words.interval(column, row[block].get(column), metric))
             cells.append(f"[bold]{shown}[/]" if (i, column) in best else shown)
         table.add_row(name, *cells, style="dim" if row["status"] == "upper bound" else None)

@@ -10,14 +10,18 @@ from ..evaluation.metrics import direction, is_cost
 DASH = "–"
 MOST_LISTED = 24
 MOST_CHARS = 400
+SOME = frozenset({"anytime_accuracy"})
+"""Columns that stand only where an arm has the figure."""
 DIFFERENCES = frozenset(
     {"forgetting", "backward_transfer", "backward_transfer_clipped", "forward_transfer", "intransigence"}
+    | {"windowed_forgetting", "windowed_plasticity"}
 )
 # The columns of a comparison: (block, figure).
 COLUMNS = (
     ("metrics", "average_accuracy"),
     ("metrics", "forgetting"),
     ("metrics", "learning_accuracy"),
+    ("metrics", "anytime_accuracy"),
     ("cost", "trainable_parameters"),
     ("cost", "stored_bytes"),
     ("cost", "seconds"),
@@ -35,6 +39,11 @@ _LABELS = {
     "average": "Average (X-TAIL)",
     "last": "Last (X-TAIL)",
     "anytime_accuracy": "Anytime {m}",
+    "min_acc": "Lowest {m} of old experiences (min-ACC)",
+    "wc_acc": "Worst-case {m} (WC-ACC)",
+    "windowed_forgetting": "Largest drop in a window (WF)",
+    "windowed_plasticity": "Largest rise in a window (WP)",
+    "probe_seconds": "Time of probes",
     "intransigence": "Intransigence",
     "trainable_parameters": "Trainable parameters",
     "total_parameters": "All parameters",
@@ -57,7 +66,17 @@ HINTS = {
     "backward_transfer": "change since just learnt; negative is loss",
     "forward_transfer": "on the next experience, against no learning",
     "worst_experience": "lowest final score",
+    "anytime_accuracy": "mean over training of the average on what was met",
 }
+
+
+def columns(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The columns that this comparison fills: (block, figure)."""
+
+    def filled(block: str, name: str) -> bool:
+        return any((row[block].get(name) or {}).get("mean") is not None for row in comparison["rows"])
+
+    return [(block, name) for block, name in COLUMNS if name not in SOME or filled(block, name)]
 
 
 def percent(metric: str) -> bool:
