@@ -23,9 +23,9 @@ from perdure.run import read_report
 LEDGER = Path("results/ledger.jsonl")
 
 
-def run_all(recipe: str, arms: list[str] | None, seeds: list[int], processes: int) -> list[str]:
+def run_all(recipe: str, arms: list[str] | None, seeds: list[int], processes: int, overrides: list[str]) -> list[str]:
     """Runs what is not finished; returns the labels of runs that failed."""
-    runs = plan(load_recipe(recipe), arms, seeds)
+    runs = plan(load_recipe(recipe, overrides), arms, seeds)
     waiting = [
         (label, members[position]) for position in range(len(seeds)) for label, members in runs.items()
         if (read_report(members[position].folder) or {}).get("status") != "complete"
@@ -39,7 +39,7 @@ def run_all(recipe: str, arms: list[str] | None, seeds: list[int], processes: in
             member.folder.mkdir(parents=True, exist_ok=True)
             command = [
                 sys.executable, "-m", "perdure", "run", recipe, f"method={label}", f"seed={member.seed}",
-                "--no-progress",
+                "--no-progress", *overrides,
             ]  # fmt: skip
             log = (member.folder.parent / f"seed-{member.seed}.log").open("wb")
             process = subprocess.Popen(command, stdout=log, stderr=log, env=variables)
@@ -62,13 +62,20 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--reference", default=None)
     parser.add_argument("--note", default="", help="what every row should say, such as reduced sizes")
-    options = parser.parse_args()
+    parser.add_argument(
+        "overrides", nargs="*", default=[], help="settings of the recipe; give the rows a name of their own with name="
+    )
+    options = parser.parse_intermixed_args()
     arms = options.arms.split(",") if options.arms else None
-    failed = run_all(options.recipe, arms, list(range(options.seeds)), options.processes)
+    failed = run_all(options.recipe, arms, list(range(options.seeds)), options.processes, options.overrides)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; see the logs beside their run folders")
     comparison, page = compare(
-        load_recipe(options.recipe), arms, list(range(options.seeds)), options.reference, progress=False
+        load_recipe(options.recipe, options.overrides),
+        arms,
+        list(range(options.seeds)),
+        options.reference,
+        progress=False,
     )
     for line in comparison["warnings"]:
         print(f"warning: {line}", flush=True)

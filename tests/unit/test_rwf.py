@@ -11,8 +11,8 @@ from torch import nn
 
 from perdure.attachment import attach, build_methods, detach
 from perdure.errors import BadInput
-from perdure.hosts import Host, Inserting
-from perdure.layers import RetrievedPrompts, StaticPrompts
+from perdure.hosts import Adding, Host, Inserting, Rest
+from perdure.layers import PARTS, AttentionPooler, RetrievedPrompts, StaticPrompts
 from perdure.learner import Learner
 from perdure.processors import ByteTokenizer, ImageProcessor
 from perdure.streams import Experience
@@ -38,13 +38,14 @@ def prompts(model: nn.Module) -> list[Any]:
 
 
 # ---- attaching
-@pytest.mark.parametrize("method", ["rwf", "static_prompts"])
+@pytest.mark.parametrize("method", ["rwf", "static_prompts", "attention_pooler"])
 @pytest.mark.parametrize("name", HOSTS)
 def test_one_line_attaches_and_detaches(name, method):
     model, fed = build(name), inputs(name)
     plain, state = result(model, **fed), {k: v.clone() for k, v in model.state_dict().items()}
     assert attach(model, method) is model
-    assert len(prompts(model)) == 2  # the first three of two blocks
+    # the first three of two blocks; three units in front of the last one
+    assert len(prompts(model)) == (3 if method == "attention_pooler" else 2)
     changed = result(strong(model), **fed)
     assert changed.shape == plain.shape and not torch.allclose(changed, plain, atol=1e-3)
     detach(model)
@@ -262,3 +263,38 @@ def test_mean_pooling_is_beta_0():
     result(model, **fed)
     mean = nn.functional.layer_norm(caught["x"], (WIDTH,)).mean(1, keepdim=True)
     torch.testing.assert_close(caught["z"], nn.functional.linear(mean, layer.W_O, layer.b_O).expand(-1, 2, -1), **CLOSE)
+
+
+# ---- the control that reads at the end
+def test_the_pooler_is_three_retrievals_added_to_every_real_token():
+    torch.manual_seed(0)
+    pooler = AttentionPooler(8, 4, 3, train=PARTS).double()
+    tokens = torch.randn(2, 5, 8, dtype=torch.float64)
+    mask = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    read = sum(unit(tokens, mask).mean(1) for unit in pooler.units)
+    assert read.abs().max() > 0
+    added = Adding(pooler)(tokens, mask, None, Rest(0, False, 0, {}))
+    assert torch.allclose(added - tokens, read[:, None].expand_as(tokens))
+    cut = Adding(pooler)(tokens[1:, :3], None, None, Rest(0, False, 0, {}))
+    assert torch.allclose(added[1:, :3], cut)  # a padded token is not read
+
+
+def test_the_pooler_is_as_large_as_rwf():
+    model = build("BertModel")
+    sizes = {}
+    for method in ({"rwf": {"length": 4, "layers": [0, 1]}}, {"attention_pooler": {"length": 4, "units": 2}}):
+        attach(model, method)
+        sizes[next(iter(method))] = sum(p.numel() for module in prompts(model) for p in module.parameters())
+        detach(model)
+    assert sizes["rwf"] == sizes["attention_pooler"] > 0
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_pooler_does_not_look_ahead(name):
+    with pytest.raises(BadInput, match="method.attention_pooler: retrieval pools over the whole text"):
+        attach(build(name), "attention_pooler")
+
+
+def test_the_pooler_wants_heads_that_divide():
+    with pytest.raises(BadInput, match="method.attention_pooler.heads: is 5"):
+        attach(build("BertModel"), {"attention_pooler": {"heads": 5}})

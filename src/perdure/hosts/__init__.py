@@ -1,6 +1,6 @@
 """Hosts: a user's own model, seen as linear maps with roles and as blocks."""
 
-from .blocks import Block, BlockAdapter, BlockFunction, Inserting, Insertion, Rest
+from .blocks import Adding, Block, BlockAdapter, BlockFunction, Inserting, Insertion, Rest
 from .feed_forward import FeedForward, Replacement
 from .host import Host
 from .roles import GROUPS, ROLES
@@ -9,6 +9,7 @@ from .sites import Handle, Site
 __all__ = [
     "GROUPS",
     "ROLES",
+    "Adding",
     "Block",
     "BlockAdapter",
     "BlockFunction",

@@ -93,6 +93,20 @@ class Inserting(nn.Module):
         return Insertion(caches.between(hidden, made, _AT[self.where], 1), made.shape[1], self.where)
 
 
+class Adding(nn.Module):
+    """Block function: adds what `maker(hidden [B, T, D], mask)` makes, [B, 1, D] or [B, T, D], to every token.
+
+    On calls with a filled cache nothing is added: `maker` would see the newest tokens alone.
+    """
+
+    def __init__(self, maker: nn.Module):
+        super().__init__()
+        self.maker = maker
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, rest: Rest) -> Tensor:
+        return hidden if rest.past else hidden + self.maker(hidden, mask)
+
+
 @dataclass(frozen=True)
 class Block:
     """One transformer block of a host.

@@ -2,11 +2,12 @@
 
 from .linear import LinearMemory
 from .patches import PatchLayer
-from .retrieval import PARTS, RetrievedPrompts, StaticPrompts
+from .retrieval import PARTS, AttentionPooler, RetrievedPrompts, StaticPrompts
 from .sparse_experts import SequenceGate, SparseExperts
 
 __all__ = [
     "PARTS",
+    "AttentionPooler",
     "LinearMemory",
     "PatchLayer",
     "RetrievedPrompts",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +101,33 @@ class RetrievedPrompts(nn.Module):
             pooled, _ = retrieve(folded, x[:, None], by_head(values), self.beta, seen)  # [B, H, L, d]
             prompts = F.linear(pooled.transpose(1, 2).flatten(2), w_o, b_o)
         return prompts.to(tokens.dtype)
+
+
+class AttentionPooler(nn.Module):
+    """What some retrievals of L rows each read from the tokens, averaged over rows and summed: [B, 1, D].
+
+    Cross-attention pooling with learned queries; each of `units` retrievals is a `RetrievedPrompts` with weights of its
+    own, so that it holds exactly as many parameters as RwF in that many blocks.
+
+    Args:
+        width: D of the tokens. length: L, queries of one unit. units: at least 1.
+        settings: of each `RetrievedPrompts`.
+    """
+
+    def __init__(self, width: int, length: int, units: int, **settings: Any):
+        super().__init__()
+        self.units = nn.ModuleList(RetrievedPrompts(width, length, **settings) for _ in range(units))
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """What is to train, by name."""
+        return [
+            (f"units.{number}.{name}", p)
+            for number, unit in enumerate(self.units) for name, p in unit.trained()  # type: ignore[operator]
+        ]  # fmt: skip
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, N, D] and bool [B, N] (True for real tokens; None for all) -> [B, 1, D], in the tokens' dtype."""
+        return torch.stack([unit(tokens, mask).mean(1, keepdim=True) for unit in self.units]).sum(0)
 
 
 class StaticPrompts(nn.Module):

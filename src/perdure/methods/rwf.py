@@ -40,13 +40,10 @@ could read off the token that it is to predict, which generation does not have.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import Field, model_validator
-
-from ..errors import BadInput
 from ._method import register
-from ._prompts import BlockPrompts, PromptConfig
+from ._prompts import BlockPrompts, RetrievalConfig, check_heads, check_whole_text
 
 if TYPE_CHECKING:
     import torch
@@ -59,49 +56,20 @@ if TYPE_CHECKING:
 class RwF(BlockPrompts):
     """RwF: prompts that early blocks retrieve from their own tokens in one step."""
 
-    class Config(PromptConfig):
-        heads: int = Field(1, ge=1)
-        """Parts into which the width is split, each with retrieval of its own. Re-implementation: 1."""
-        beta: float | None = Field(None, ge=0)
-        """Inverse temperature β; 1/√(width / heads) when absent. 0 pools every token alike: a control."""
-        train: list[Literal["P", "W_Q", "W_K", "W_V", "W_O"]] = Field(["P", "W_Q", "W_O"], min_length=1)
-        """What trains; a bias goes with its matrix. W_V is the identity until it trains."""
-
-        @model_validator(mode="after")
-        def _something_moves(self) -> RwF.Config:
-            if self.beta == 0 and not {"W_V", "W_O"} & set(self.train):
-                raise ValueError(
-                    "beta 0 uses no query and no key, so nothing could learn; let the value or the output map train"
-                )
-            return self
+    class Config(RetrievalConfig):
+        pass
 
     status = "unverified"
     citation = "arXiv 2603.09576"
 
     def check(self, host: Host, blocks: list[Block]) -> None:
-        loop = getattr(self, "loop", None)  # absent under the public `attach`
-        if loop is not None:
-            predicts_tokens = loop.predicts_tokens
-        else:
-            find = getattr(host.model, "get_output_embeddings", None)
-            predicts_tokens = find is not None and find() is not None
-        causal = next((block for block in blocks if block.causal), None)
-        if causal is not None and predicts_tokens:
-            raise BadInput(
-                f"method.rwf: retrieval pools over the whole text, so in block {causal.name} of "
-                f"{type(host.model).__name__}, a causal language model, a token would see those that are to be "
-                "predicted after it; use objective classification, where the whole text is given, or static_prompts, "
-                "whose tokens do not depend on the text"
-            )
+        check_whole_text(self, host, blocks)
 
     def make(self, width: int, generator: torch.Generator | None) -> nn.Module:
         from ..layers import RetrievedPrompts
 
         config = self.config
-        if width % config.heads:
-            raise BadInput(
-                f"method.rwf.heads: is {config.heads}, which does not divide the width {width}; choose a divisor"
-            )
+        check_heads(self, width)
         return RetrievedPrompts(
             width, config.length, heads=config.heads, beta=config.beta, train=config.train, generator=generator
         )
