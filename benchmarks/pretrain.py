@@ -45,7 +45,7 @@ def main() -> None:
     started = time.perf_counter()
 
     def on_step(loop: Learner, losses: dict[str, float]) -> None:
-        if losses and loop.position.step % 100 == 0:
+        if losses and loop.position.step % 100 == 1:
             print(f"step {loop.position.step}/{loop.steps_planned} loss {losses['loss']:.3f}", flush=True)
 
     experience = stream.experience(0)

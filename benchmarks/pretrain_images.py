@@ -52,7 +52,7 @@ def pretrain(options: argparse.Namespace) -> dict[str, object]:
     started = time.perf_counter()
 
     def on_step(loop: Learner, losses: dict[str, float]) -> None:
-        if losses and loop.position.step % 100 == 0:
+        if losses and loop.position.step % 100 == 1:
             print(f"step {loop.position.step}/{loop.steps_planned} loss {losses['loss']:.3f}", flush=True)
 
     learner.learn(experience, on_step=on_step)  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def probe(folder: Path) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--folder", type=Path, default=FOLDER)
