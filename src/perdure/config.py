@@ -108,7 +108,7 @@ class TrainingConfig(Strict):
     """Peak rate of a trained head; the learning rate when absent."""
     per_device_train_batch_size: int = Field(32, ge=1)
     per_device_eval_batch_size: int = Field(64, ge=1)
-    epochs: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = 1
+    epochs: int | list[int] = 1
     """Passes over each experience; a list gives each experience its own number."""
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps per experience at the most."""
@@ -136,6 +136,14 @@ class TrainingConfig(Strict):
     logging_steps: int = Field(10, ge=1)
     num_threads: int | None = Field(None, ge=1)
     """Threads of one process; recorded, because float sums depend on it."""
+
+    @field_validator("epochs", mode="after")
+    @classmethod
+    def _at_least_one_pass(cls, value: int | list[int]) -> int | list[int]:
+        # Limits inside the union would be told under names of pydantic's own.
+        if min(value if isinstance(value, list) else [value], default=0) < 1:
+            raise ValueError("give one number, or one for each experience, each at least 1")
+        return value
 
     @property
     def most_epochs(self) -> int:

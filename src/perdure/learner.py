@@ -47,9 +47,13 @@ class Learner(Loop):
             experience index -> accuracy in [0, 1] or perplexity; None where the split has no rows.
 
         Raises:
-            BadInput: two experiences have one index, or the learner was detached.
+            BadInput: no list is given, two experiences have one index, or the learner was detached.
         """
         self.refuse_detached()
+        if isinstance(experiences, Experience):
+            raise BadInput(
+                f"evaluate: expected a list of experiences, found one ({experiences.name!r}); give [experience]"
+            )
         names: dict[int, str] = {}
         for experience in experiences:
             if experience.index in names:

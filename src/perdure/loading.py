@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,7 +99,9 @@ def make_batch(
 
 
 def canonical(row: Row) -> Row:
-    """The row with no other than the canonical fields."""
+    """The row with no other than the canonical fields; what is no row is left for the check that says so."""
+    if not isinstance(row, Mapping):
+        return row
     return row if all(key in FIELDS for key in row) else {key: row[key] for key in FIELDS if key in row}
 
 

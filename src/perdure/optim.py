@@ -117,6 +117,8 @@ class Optimization:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             optimizer.step()
+            # The fused kernels do not, and evaluation keeps what it derived from a tensor as long as its version stays.
+            torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
     def zero_grad(self) -> None:
         for optimizer in self.kinds.values():

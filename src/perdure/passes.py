@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .assembly import caches_features
 from .bookkeeping import Unlearnt, quiet
 from .data import Batch, Rows
+from .errors import BadInput
 from .loading import make_batch, take
 from .memory.observe import RouterLog, observing
 
@@ -64,6 +65,8 @@ class Passes:
             by_length: order rows by length instead, which pads less.
             unlabelled: leave labels out.
         """
+        if isinstance(rows, (str, Mapping)):
+            raise BadInput(f"rows: expected a list of rows, found one {type(rows).__name__}; put a row into a list")
         size = self.training.per_device_eval_batch_size
         known = (labels if labels is not None else self.labels) if self.head is not None and not unlabelled else None
         numbers = list(range(len(rows)))
@@ -73,6 +76,9 @@ class Passes:
         for start in range(0, len(rows), size):
             chosen = numbers[start : start + size]
             picked = take(rows, chosen)
+            for number, row in zip(chosen, picked, strict=True):
+                if not isinstance(row, Mapping):
+                    raise BadInput(f"row {number}: expected a mapping of fields, found {type(row).__name__}")
             batch = make_batch(self.objective, self.processor, picked, known, chosen, training=False, seeds=None)
             yield batch.to(self.device)
 

@@ -210,8 +210,10 @@ class Run:
 
     def _check_rows(self) -> None:
         """A wrong row of the last experience is found now, not after hours. Images are read when their turn comes."""
+        names = []
         for index in range(self.length):
             experience = self.stream.experience(index)
+            names.append(experience.name)
             for split in ("train", "test"):
                 rows = getattr(experience, split)
                 if len(rows) and "image" not in rows[0]:
@@ -219,6 +221,12 @@ class Run:
                         self.learner.objective.check(rows, self.learner.processor)
                     except BadInput as error:
                         raise BadInput(f"experience {index} ({experience.name!r}), {split} {error}") from None
+        unused = [name for name in getattr(self.learner.objective.config, "scorers", ()) if name not in names]
+        if unused:  # a part of a stream may be run, so it is no error; a typing error would be scored by another rule
+            self.progress.warn(
+                f"objective.instruction.scorers: no experience is named {', '.join(unused)}; there are "
+                f"{', '.join(names)}"
+            )
 
     # ---- the whole run
     def go(self, interrupt: threading.Event) -> dict[str, Any]:

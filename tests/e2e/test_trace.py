@@ -106,3 +106,20 @@ def test_a_list_of_passes_that_is_too_short_is_refused(tmp_path, nursery):
     )  # fmt: skip
     assert done.code == 64 and "training.epochs: lists 1 numbers, and there is an experience 2" in done.output
     assert not (tmp_path / "out").exists()
+    done = nursery.run(tmp_path, "run", "trace", "training.epochs=[1, 0]", "output_dir=out")
+    assert done.code == 64 and done.output.startswith("perdure: training.epochs: give one number, or one for each")
+
+
+def test_a_scorer_for_no_experience_is_named(tmp_path, nursery):
+    rows = [{"prompt": f"{n}?", "answer": str(n)} for n in range(2)]
+    for name in ("sums", "dates"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    done = nursery.run(
+        tmp_path, "run", "trace", "model={scratch: {family: llama, layers: 1, width: 16, heads: 2, max_length: 96}}",
+        "stream.source=[{path: sums.jsonl, test: sums.jsonl}, dates.jsonl]", "objective.instruction.max_prompt=16",
+        "objective.instruction.max_answer=4", "objective.instruction.scorers={summs: number}", "training.epochs=1",
+        "training.bf16=false", "output_dir=out", "--no-progress",
+    )  # fmt: skip
+    assert done.code == 0, done.output
+    said = "scorers: no experience is named summs; there are sums, dates"
+    assert said in " ".join(done.output.split())

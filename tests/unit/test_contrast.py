@@ -120,6 +120,16 @@ def test_keys_start_where_the_experience_differs() -> None:
     assert quotient(later[name]) > quotient(usual[name])
 
 
+def test_more_keys_than_directions_leave_the_rest_drawn() -> None:
+    made = cases.experiences("bert")
+    learner = cases.build_learner("bert", {"moram": {"rank": 35, "top_k": 2, "keys": "contrast"}})
+    learner.learn(made[0])
+    narrow = [keys for keys in started(learner, made[1]).values() if keys.shape[1] == 16]
+    for keys in narrow:
+        assert torch.allclose(keys[:32:2], -keys[1:32:2]) and not torch.allclose(keys[32], -keys[33])
+    assert narrow
+
+
 def test_contrast_and_protection_together() -> None:
     made = cases.experiences("bert")
     learner = cases.build_learner("bert", {"moram": {**SPEC["moram"], "protect": {"inputs": 0.5}}})

@@ -5,7 +5,7 @@ import torch
 
 from perdure.errors import BadInput
 from perdure.learner import Learner, _question
-from perdure.objectives.causal_lm import CausalLM
+from perdure.objectives.causal_lm import CausalLM, PastPadding
 from perdure.objectives.instruction import Instruction
 from perdure.processors import ByteTokenizer
 from perdure.registry import OBJECTIVES
@@ -89,6 +89,108 @@ def test_batches_of_one_and_of_many_write_the_same(gpt2):
         single = taught.objective.collate(taught.objective.encode([row], TOKENIZER), [row])
         alone += taught.objective.write(gpt2, TOKENIZER, single).texts
     assert together == alone and together[:2] == [" 2", " 3"]
+
+
+class NoPad(ByteTokenizer):
+    pad_token_id = None  # then the end token is padded with
+
+
+@pytest.mark.parametrize("rules", [{"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1}])
+def test_rules_of_generation_do_not_read_the_padding(gpt2, rules):
+    taught = learner(gpt2)
+    taught.learn(stream((ROWS, ROWS)).experience(0))
+    rows = [*ROWS, {"prompt": "A much longer question", "answer": "x"}]
+    ours, alone = objective(**rules), []
+    for each in ([row] for row in rows):
+        batch = ours.collate(ours.encode(each, NoPad()), each)
+        alone += ours.write(gpt2, NoPad(), batch).texts
+    batch = ours.collate(ours.encode(rows, NoPad()), rows)
+    assert ours.write(gpt2, NoPad(), batch).texts == alone
+    beams = ours.generate(gpt2, NoPad(), rows, 4, 3, num_beams=2, **rules)
+    assert beams == [ours.generate(gpt2, NoPad(), [row], 4, 1, num_beams=2, **rules)[0] for row in rows]
+
+
+def test_a_rule_sees_a_row_from_its_first_real_token():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    rule = PastPadding([RepetitionPenaltyLogitsProcessor(2.0)], [2, 0])
+    scores = rule(torch.tensor([[3, 3, 1], [2, 1, 2]]), torch.ones(2, 4))
+    assert scores.tolist() == [[1, 0.5, 1, 1], [1, 0.5, 0.5, 1]]
+
+
+def test_the_models_own_habits_of_generation_are_off(gpt2):
+    rows = [{"prompt": "aaaa", "answer": "x"}]
+    batch = objective().collate(objective().encode(rows, TOKENIZER), rows)
+    plain = objective(max_answer=20).write(gpt2, TOKENIZER, batch).texts
+    gpt2.generation_config.update(num_beams=4, repetition_penalty=9.0, no_repeat_ngram_size=1)
+    assert objective(max_answer=20).write(gpt2, TOKENIZER, batch).texts == plain
+
+
+# ---- conversations
+def talker():
+    """A fast tokenizer of bytes whose template closes a turn with a token that is not the end token."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(letters)}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    bytewise.add_special_tokens([AddedToken(text, special=True) for text in ("<b>", "<e>", "</turn>")])
+    made = PreTrainedTokenizerFast(tokenizer_object=bytewise, bos_token="<b>", eos_token="<e>", pad_token="<e>")
+    made.chat_template = (
+        "<b>{% for m in messages %}{{ m.role[0] }}:{{ m.content }}</turn>{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    return made
+
+
+def talk(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def test_what_was_learnt_from_conversations_ends_with_the_turn(gpt2):
+    rows = [talk("two?", "2"), talk("three?", "3")]
+    taught = Learner(
+        gpt2, talker(), method="finetune", objective={"instruction": SHORT},
+        training={"learning_rate": 3e-3, "epochs": 60, "per_device_train_batch_size": 2},
+    )  # fmt: skip
+    experience = stream((rows, rows)).experience(0)
+    taught.learn(experience)
+    assert taught.evaluate([experience])[0] == 1
+    assert taught.objective.generate(gpt2, talker(), rows, 6) == ["2", "3"]
+
+
+def test_a_long_conversation_is_cut_as_a_prompt_with_its_answer():
+    tokenizer = talker()
+    ((_, config),) = OBJECTIVES.parse({"instruction": {"max_prompt": 4, "max_answer": 3}}, "objective")
+    encoded = Instruction(config).encode([talk("question", "klmnop")], tokenizer)[0]
+    assert tokenizer.decode(encoded["input_ids"]) == "<b></turn>a:klm"
+    assert tokenizer.decode([label for label in encoded["labels"] if label != -100]) == "klm"
+    assert len(encoded["labels"]) == len(encoded["input_ids"])
+    ((_, config),) = OBJECTIVES.parse({"causal_lm": {"block_size": 6}}, "objective")
+    encoded = CausalLM(config).encode([talk("question", "klmnop")], tokenizer)[0]
+    assert tokenizer.decode(encoded["input_ids"]) == "<b>mnop</turn>" and len(encoded["labels"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "", "answer": "x"}, "row 0: field 'prompt' gives no token, found ''"),
+        (talk("q", ""), "row 0: the assistant's last turn in 'messages' is empty"),
+        (talk("q", None), "row 0: field 'messages': the last answer and its question must be texts.*NoneType and str"),
+        (talk(["q"], "a"), "row 0: field 'messages': the last answer and its question must be texts.*str and list"),
+        ({"messages": talk("q", "a")["messages"][1:]}, "row 0: field 'messages' does not begin with a question"),
+    ],
+)
+def test_rows_that_could_not_be_scored_are_refused_before_learning(row, message):
+    with pytest.raises(BadInput, match=message):
+        objective().check([row], talker())
+
+
+def test_prompt_and_answer_go_before_messages_in_the_score_as_in_training():
+    row = {"prompt": "p", "answer": "a", **talk("q", "m")}
+    assert float(objective().grade([row], ["a"], "x")[0]) == 1
 
 
 def test_each_experience_has_its_scorer():

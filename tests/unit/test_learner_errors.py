@@ -280,3 +280,18 @@ def test_a_setting_that_is_no_finite_number_is_refused(setting: tuple[str, str],
     method, field = setting
     with pytest.raises(BadInput, match=rf"method\.{method}\.{field}: .*(finite|greater)"):
         METHODS.parse({method: {field: value}}, "method")
+
+
+def test_one_row_text_or_experience_in_place_of_a_list_is_named() -> None:
+    learner, made = build(MORAM), cases.experiences("bert")
+    learner.learn(made[0])
+    for rows, message in (
+        ({"text": "a"}, "rows: expected a list of rows, found one dict; put a row into a list"),
+        ("a", "rows: expected a list of rows, found one str"),
+        (["a"], "row 0: expected a mapping of fields, found str"),
+    ):
+        for use in (learner.predict, learner.features):
+            with pytest.raises(BadInput, match=message):
+                use(rows)
+    with pytest.raises(BadInput, match=r"evaluate: expected a list of experiences, found .*give \[experience\]"):
+        learner.evaluate(made[0])

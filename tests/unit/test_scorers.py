@@ -33,6 +33,9 @@ from perdure.evaluation.scorers import SCORERS
         ("number", "-3", "3", 0),
         ("number", "$884", "884", 1),
         ("number", "H2O", "2", 0),  # a digit inside a word is no number
+        ("number", "答案是8个", "8", 1),  # no spaces between words: what stands before is not part of the number
+        ("number", "답은 8이다, 값9", "9", 1),
+        ("number", "Größe8", "8", 0),
         ("number", "friday.", "Friday", 1),
         ("number", "on Friday", "Friday", 0),
         ("number", "8", "8 insects", 0),  # not a bare number: as it is written

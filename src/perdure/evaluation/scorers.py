@@ -53,7 +53,8 @@ def number(written: str, expected: str, prompt: str = "") -> float:
     return float(bool(found) and math.isclose(found[-1], goal[0], rel_tol=1e-6, abs_tol=1e-9))
 
 
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?")
+_CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces: a digit behind them begins a number
+_NUMBER = re.compile(rf"(?<![^\W{_CJK}])(?<!\.)[-+]?(?:\d{{1,3}}(?:,\d{{3}})+|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?")
 
 
 def _numbers(text: str) -> list[float]:

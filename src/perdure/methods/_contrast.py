@@ -31,7 +31,8 @@ class InputContrast:
         self.owner, self.most = owner, most
 
     def keys(self, sites: Sequence[Site], rows: Rows, count: int) -> dict[str, Tensor]:
-        """Keys [count, d] by site name, with the norm that drawn keys have; rows then belong to the past.
+        """Keys [count, d] by site name, with the norm that drawn keys have; rows then belong to the past. Where count
+        is more than 2d they are 2d, since no layer has more directions.
 
         One counted extra pass over the rows. Empty in the first experience, which has nothing to differ from, and for
         layers that no input has reached.

@@ -155,7 +155,7 @@ class MoRAM(Method):
         self._grow(self.loop.write_id)
         if self._contrast:
             for name, keys in self._contrast.keys(self._sites, experience.train, self.config.rank).items():
-                self.memories[name].bank.new_keys.data.copy_(keys)
+                self.memories[name].bank.new_keys.data[: len(keys)].copy_(keys)
             if self._protection:
                 self._protection.project(self._new_keys())
 

@@ -113,7 +113,7 @@ class CausalLM(Objective):
 
     def _answer(self, row: Row, position: int, tokenizer: Any) -> tuple[list[int], list[int]]:
         answer_text = require(row, position, "answer", str, REMEDY)
-        prompt = _prompt_ids(tokenizer, require(row, position, "prompt", str, REMEDY))
+        prompt = prompt_ids(tokenizer, require(row, position, "prompt", str, REMEDY))
         answer = encode_texts(tokenizer, [answer_text], special=False)[0]
         end = getattr(tokenizer, "eos_token_id", None)
         if self.config.append_eos and end is not None:
@@ -138,10 +138,13 @@ class CausalLM(Objective):
                     f"of turn {turn} cannot be told apart; give `prompt` and `answer`"
                 )
             labels[len(before) : len(after)] = after[len(before) :]
-        size = self.longest
-        if size is not None and len(ids) > size:
-            ids, labels = ids[-size:], labels[-size:]
-        return ids, labels
+        return self.cut_conversation(ids, labels, tokenizer)
+
+    def cut_conversation(self, ids: list[int], labels: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
+        """Tokens and labels of a conversation at its greatest length: it loses its beginning."""
+        if self.longest is not None:
+            ids = last_tokens(ids, self.longest, tokenizer)
+        return ids, labels[len(labels) - len(ids) :]
 
     def collate(
         self,
@@ -195,17 +198,20 @@ class CausalLM(Objective):
         """What the model writes after each row's `prompt`, else `messages` up to the last user turn, else `text`.
 
         Padded on the left, of a prompt the last `max_prompt` tokens, greedy unless `options` of `model.generate` say
-        otherwise; the answer ends before its end token. The model's training mode is put back.
+        otherwise; the answer ends before its end token, one to `messages` also before what ends a turn. The rules
+        `repetition_penalty` and `no_repeat_ngram_size` do not look at the padding. The model's training mode is put
+        back.
         """
         import torch
 
         tokenizer = tokenizer_of(processor)
-        end, pad = getattr(tokenizer, "eos_token_id", None), pad_id(tokenizer)
+        ends, pad = _ends(rows, tokenizer), pad_id(tokenizer)
         prompts = [self._to_continue(row, i, tokenizer, max_new_tokens, model) for i, row in enumerate(rows)]
         if max_prompt is not None:
             prompts = [last_tokens(ids, max_prompt, tokenizer) for ids in prompts]
         device = model.get_input_embeddings().weight.device
-        settings = {"do_sample": False, "pad_token_id": pad, "eos_token_id": end, **options}
+        settings = {"do_sample": False, "num_beams": 1, "pad_token_id": pad, "eos_token_id": ends or None, **options}
+        rules = _rules(settings)
         training = model.training
         model.eval()
         texts: list[str] = []
@@ -219,26 +225,26 @@ class CausalLM(Objective):
                         attention_mask=mask.to(device),
                         max_new_tokens=max_new_tokens,
                         **settings,
+                        **({"logits_processor": [PastPadding(rules, (mask == 0).sum(1).tolist())]} if rules else {}),
                     )
                 for new in out[:, ids.shape[1] :].tolist():
-                    if end in new:
-                        new = new[: new.index(end)]
-                    texts.append(tokenizer.decode(new, skip_special_tokens=True))
+                    stop = next((number for number, token in enumerate(new) if token in ends), len(new))
+                    texts.append(tokenizer.decode(new[:stop], skip_special_tokens=True))
         finally:
             model.train(training)
         return texts
 
     def _to_continue(self, row: Row, position: int, tokenizer: Any, new: int, model: Any) -> list[int]:
         if row.get("prompt") is not None:
-            ids = _prompt_ids(tokenizer, require(row, position, "prompt", str, REMEDY))
+            ids = prompt_ids(tokenizer, require(row, position, "prompt", str, REMEDY))
         elif row.get("messages") is not None:
             _kind(row, position, tokenizer)
-            messages = list(_messages(row, position))
+            messages = list(_turns(row, position))  # without an answer where methods must not see it
             while messages and messages[-1]["role"] == "assistant":
                 messages.pop()
             ids = _template(tokenizer, messages, True)
         else:
-            ids = _prompt_ids(tokenizer, require(row, position, "text", str, REMEDY))
+            ids = prompt_ids(tokenizer, require(row, position, "text", str, REMEDY))
         if not ids:
             raise BadInput(f"row {position}: the prompt gives no token; {REMEDY}")
         limit = position_limit(model)
@@ -247,6 +253,61 @@ class CausalLM(Objective):
                 raise BadInput(f"max_new_tokens: {new} leaves no room for a prompt in {limit} positions")
             ids = last_tokens(ids, limit - new, tokenizer)
         return ids
+
+
+class PastPadding:
+    """Rules of generation that see each row without the padding before it, so that a row is continued alike alone and
+    in a batch. Padding is often the end token, which would be punished as a repetition.
+    """
+
+    def __init__(self, rules: Sequence[Any], padding: Sequence[int]):
+        self.rules, self.padding = rules, padding
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        import torch
+
+        each, out = len(scores) // len(self.padding), []  # with beams a row has several lines
+        for number in range(len(scores)):
+            seen, mine = input_ids[number : number + 1, self.padding[number // each] :], scores[number : number + 1]
+            for rule in self.rules:
+                mine = rule(seen, mine)
+            out.append(mine)
+        return torch.cat(out)
+
+
+def _rules(settings: dict[str, Any]) -> list[Any]:
+    """Takes the rules that look at earlier tokens out of the settings of generation; the model's own are then off."""
+    from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+    rules: list[Any] = []
+    if settings.get("repetition_penalty") is not None:
+        if settings["repetition_penalty"] != 1:
+            rules.append(RepetitionPenaltyLogitsProcessor(float(settings["repetition_penalty"])))
+        settings["repetition_penalty"] = 1.0
+    if settings.get("no_repeat_ngram_size") is not None:
+        if settings["no_repeat_ngram_size"]:
+            rules.append(NoRepeatNGramLogitsProcessor(settings["no_repeat_ngram_size"]))
+        settings["no_repeat_ngram_size"] = 0
+    return rules
+
+
+def _ends(rows: Rows, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's own and, of conversations, what its template closes a turn with.
+
+    Learnt from conversations, a model writes no other end than the template's, which need not be the tokenizer's
+    (Gemma).
+    """
+    end = getattr(tokenizer, "eos_token_id", None)
+    ends = [] if end is None else [end]
+    if any(row.get("prompt") is None and row.get("messages") is not None for row in rows):
+        asked = [{"role": "user", "content": "?"}]
+        opened = _template(tokenizer, asked, True)
+        closed = _template(tokenizer, [*asked, {"role": "assistant", "content": "x"}], False)
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        after = [token for token in closed[len(opened) :] if token in added and added[token].special]
+        if closed[: len(opened)] == opened and after:
+            ends = list(dict.fromkeys([*ends, after[0]]))
+    return ends
 
 
 def last_tokens(ids: list[int], size: int, tokenizer: Any) -> list[int]:
@@ -278,13 +339,20 @@ def _kind(row: Any, position: int, tokenizer: Any) -> str:
     return "text"
 
 
-def _messages(row: Row, position: int) -> Sequence[Mapping[str, Any]]:
+def _turns(row: Row, position: int) -> Sequence[Mapping[str, Any]]:
     messages = require(row, position, "messages", (list, tuple), REMEDY)
     for turn, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise BadInput(
                 f"row {position}: field 'messages': turn {turn} lacks `role` or `content`; found {message!r}"
             )
+    if not messages or messages[0]["role"] == "assistant":
+        raise BadInput(f"row {position}: field 'messages' does not begin with a question; give one, or leave it out")
+    return messages
+
+
+def _messages(row: Row, position: int) -> Sequence[Mapping[str, Any]]:
+    messages = _turns(row, position)
     if not any(message["role"] == "assistant" for message in messages):
         raise BadInput(f"row {position}: field 'messages' has no turn of the role 'assistant' to learn from; add one")
     return messages
@@ -296,7 +364,7 @@ def _template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], opens_answe
     return encode_texts(tokenizer, [text], special=False)[0]
 
 
-def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids with the tokens that open a text, without one that would end it before the answer."""
     ids = encode_texts(tokenizer, [text])[0]
     if ids and ids[-1] == getattr(tokenizer, "eos_token_id", None) and len(ids) > 1:

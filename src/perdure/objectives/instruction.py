@@ -11,9 +11,9 @@ from ..config import ObjectiveConfig
 from ..data import Batch, Output, Row, Rows
 from ..errors import BadInput
 from ..evaluation.scorers import SCORERS, check_scorer
-from ..processors import position_limit
+from ..processors import position_limit, tokenizer_of
 from ._objective import register
-from .causal_lm import REMEDY, CausalLM, last_tokens
+from .causal_lm import REMEDY, CausalLM, last_tokens, prompt_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,13 +61,20 @@ class Instruction(CausalLM):
     # ---- rows
     def check(self, rows: Rows, processor: Any) -> None:
         super().check(rows, processor)
+        tokenizer = tokenizer_of(processor)
         for position, row in enumerate(rows):
             if row.get("text") is not None and row.get("prompt") is None and row.get("messages") is None:
                 raise BadInput(
                     f"row {position}: field 'text' has no answer to learn; give `prompt` and `answer`, or take the "
                     "objective causal_lm"
                 )
-            _expected(row, position)
+            answer, prompt = _expected(row, position)
+            if row.get("prompt") is not None and not prompt.strip() and not prompt_ids(tokenizer, prompt):
+                raise BadInput(
+                    f"row {position}: field 'prompt' gives no token, found {prompt!r}, so there is nothing to answer to"
+                )
+            if not answer:
+                raise BadInput(f"row {position}: the assistant's last turn in 'messages' is empty; leave the row out")
 
     def check_model(self, model: Any, processor: Any) -> None:
         super().check_model(model, processor)
@@ -89,15 +96,21 @@ class Instruction(CausalLM):
     def cut(self, prompt: list[int], answer: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
         return last_tokens(prompt, self.config.max_prompt, tokenizer), answer[: self.config.max_answer]
 
+    def cut_conversation(self, ids: list[int], labels: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
+        """The last answer is cut like any other, what comes before it is its prompt."""
+        start = len(labels)
+        while start and labels[start - 1] != -100:
+            start -= 1
+        prompt, answer = self.cut(ids[:start], ids[start:], tokenizer)
+        return prompt + answer, labels[start - len(prompt) : start + len(answer)]
+
     # ---- written answers
     def write(self, model: Any, processor: Any, batch: Batch) -> Output:
         """Answers to the prompts of a batch, written greedily; nothing of the rows' answers is read."""
-        rules = {"repetition_penalty": self.config.repetition_penalty}
-        if self.config.no_repeat_ngram_size:
-            rules["no_repeat_ngram_size"] = self.config.no_repeat_ngram_size
         size, settings = max(len(batch.rows), 1), self.config
         texts = self.generate(
-            model, processor, batch.rows, settings.max_answer, size, settings.max_prompt, **rules
+            model, processor, batch.rows, settings.max_answer, size, settings.max_prompt,
+            repetition_penalty=settings.repetition_penalty, no_repeat_ngram_size=settings.no_repeat_ngram_size,
         )  # fmt: skip
         return Output(texts=texts)
 
@@ -124,7 +137,7 @@ class Instruction(CausalLM):
 
 def _expected(row: Row, position: int) -> tuple[str, str]:
     """The answer of a row and the prompt that it answers; of a conversation its last turn and the one before."""
-    if row.get("messages") is None:
+    if row.get("prompt") is not None:
         return row["answer"], row["prompt"]
     messages = row["messages"]
     if messages[-1]["role"] != "assistant":
@@ -132,7 +145,13 @@ def _expected(row: Row, position: int) -> tuple[str, str]:
             f"row {position}: field 'messages' does not end with the assistant's turn, which is scored; {REMEDY}"
         )
     before = [message["content"] for message in messages[:-1] if message["role"] == "user"]
-    return messages[-1]["content"], before[-1] if before else ""
+    answer, prompt = messages[-1]["content"], before[-1] if before else ""
+    if not isinstance(answer, str) or not isinstance(prompt, str):
+        raise BadInput(
+            f"row {position}: field 'messages': the last answer and its question must be texts, which are scored; "
+            f"found {type(answer).__name__} and {type(prompt).__name__}"
+        )
+    return answer, prompt
 
 
 def _named(scorers: dict[str, str]) -> list[tuple[str, str]]:
