@@ -69,8 +69,8 @@ class Loop(Stepping):
         processor: its tokenizer or an image processor.
         method: a name, `{name: settings}`, or a list of these, e.g.
             `[{"moram": {"rank": 8}}, {"er": {"budget": 200}}]`.
-        head: "cosine" (default for classification), "linear", "ridge", "class_text" (default for image_text), or
-            `{name: settings}`.
+        head: "cosine" (default for classification), "linear", "ridge", "ncm", "slda", "slca", "class_text"
+            (default for image_text), or `{name: settings}`.
         objective: "classification", "causal_lm" or "image_text", or `{name: settings}`.
         training, protocol: `TrainingConfig`, `ProtocolConfig`, or dicts of their fields.
         seed: seed of every random draw.

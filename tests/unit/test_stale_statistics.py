@@ -225,11 +225,8 @@ def test_nothing_is_compared_where_nothing_moves() -> None:
     assert learner.counters.extra_passes == 1
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("boundaries", ["train", "none"])
+@pytest.mark.parametrize(("name", "boundaries"), [*((name, "train") for name in SETTINGS), ("ridge", "none")])
 def test_corrected_heads_resume_bit_for_bit(name: str, boundaries: str) -> None:
-    if name == "slca" and boundaries == "none":
-        pytest.skip("needs boundaries")
     made, states = cases.experiences("bert", 3, rows=12), []
     rights = {"rehearsal": 6, "boundaries": boundaries, "mask": "seen"}
 
