@@ -12,7 +12,7 @@ from .config import ProtocolConfig
 from .errors import BadInput
 from .loading import derived_seed
 from .methods import Method
-from .protocol import check_head, check_list
+from .protocol import check_drift, check_head, check_list
 from .registry import HEADS, OBJECTIVES, Registry, explain
 from .streams.rows import as_label
 
@@ -70,6 +70,8 @@ def check_combination(
             never see an augmentation.
     """
     check_head(methods, objective, head, protocol)
+    if head is not None:
+        check_drift(methods, head.name, head.config)
     if protocol.label_space == "declared" and not classes:
         raise BadInput("protocol.label_space: declared needs the classes in advance; give `classes`")
     idle = [method.name for method in methods if method.learns]

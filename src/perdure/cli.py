@@ -255,7 +255,9 @@ def methods(
         if name in PRESETS:
             preset = PRESETS[name]
             typer.echo(f"{name}: {preset.title}\n\n{preset.details}\n\nsettings: {preset.settings}")
-            return
+            if name not in HEADS.names():
+                return
+            typer.echo("\nthe head of that name:\n")
         known = HEADS if name in HEADS.names() and name not in METHODS.names() else METHODS
         _explain(known.get(name))
         return
@@ -291,7 +293,8 @@ def _columns(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 def _explain(cls: Any) -> None:
     typer.echo(f"{cls.name}: {cls.title}\n")
-    text = inspect.getdoc(inspect.getmodule(cls)) if inspect.getmodule(cls) else None
+    # A method's formulas stand in its module, which holds it alone; a head's in its class.
+    text = inspect.getdoc(inspect.getmodule(cls)) if hasattr(cls, "needs") and inspect.getmodule(cls) else None
     typer.echo((text or inspect.getdoc(cls) or "") + "\n")
     if hasattr(cls, "needs"):
         typer.echo(

@@ -26,6 +26,7 @@ from .bookkeeping import Counters, Past, Position, quiet
 from .bookmark import Bookmark, HeadMark
 from .config import PretrainConfig, ProtocolConfig, TrainingConfig
 from .data import Batch, Output, Rows
+from .drift import correct_statistics, keep_features
 from .early_stopping import EarlyStopping, check_early_stopping
 from .errors import BadInput
 from .heads import Head
@@ -68,8 +69,8 @@ class Loop(Stepping):
         processor: its tokenizer or an image processor.
         method: a name, `{name: settings}`, or a list of these, e.g.
             `[{"moram": {"rank": 8}}, {"er": {"budget": 200}}]`.
-        head: "cosine" (default for classification), "linear", "ridge", "class_text" (default for image_text), or
-            `{name: settings}`.
+        head: "cosine" (default for classification), "linear", "ridge", "ncm", "slda", "slca", "class_text"
+            (default for image_text), or `{name: settings}`.
         objective: "classification", "causal_lm" or "image_text", or `{name: settings}`.
         training, protocol: `TrainingConfig`, `ProtocolConfig`, or dicts of their fields.
         seed: seed of every random draw.
@@ -276,6 +277,8 @@ class Loop(Stepping):
             self._steps_per_epoch, self.steps_planned = plan.steps_per_epoch, plan.steps
             if (self.optimization is None or grew) and self.named_trainable():
                 self._optimize_anew(keep=self.optimization)
+            if not resumed:
+                keep_features(self, rows)
             self._train(rows, plan, on_step)
             self._end(experience, rows)
         self._leave()
@@ -396,11 +399,11 @@ class Loop(Stepping):
         if self.protocol.boundaries == "train" or experience.last:
             for method in self.methods:
                 method.after_experience(self._as_granted(experience))
-        if self.head is not None and self.head.closed_form:
+        if self.head is not None and (self.head.closed_form or self.head.fits):
             self._fit_head(experience, rows)
 
     def _fit_head(self, experience: Experience, rows: Rows) -> None:
-        """The closed-form head's pass; counted as extra where the adapter has already had its own passes."""
+        """The pass of a head with statistics; counted as extra where the adapter has already had its own passes."""
         assert self.head is not None
         mark = HeadMark(self.head)
         try:
@@ -410,6 +413,7 @@ class Loop(Stepping):
             raise
 
     def _fit(self, head: Head, experience: Experience, rows: Rows) -> None:
+        correct_statistics(self, rows)
         head.begin_fit(len(rows), derived_seed(self.seed, "fit", self.position.experience) % 2**31)
         if self.caches_features:
             features = self._cached_features(experience, "train", rows)

@@ -30,6 +30,7 @@ def check_head(methods: Sequence[Method], objective: Any, head: Any, protocol: P
 
     Raises:
         BadInput: the head and the objective, the protocol or the methods do not fit each other.
+        ProtocolRefused: the head needs boundaries.
     """
     by_text = head is not None and head.by_text
     if objective.by_text != by_text and head is not None:
@@ -40,6 +41,10 @@ def check_head(methods: Sequence[Method], objective: Any, head: Any, protocol: P
             else "use objective image_text, or another head"
         )
         raise BadInput(f"head: {head.name} does not fit objective {objective.name!r}; {fitting}")
+    if head is not None and head.needs_boundaries and protocol.boundaries == "none":
+        raise ProtocolRefused(
+            f"protocol.boundaries: is none, but head {head.name} needs them; set it to train or use another head"
+        )
     if protocol.label_space == "declared" and not by_text:
         raise BadInput(
             "protocol.label_space: is declared, but only a head that knows classes by their names (class_text) can "
@@ -54,6 +59,25 @@ def check_head(methods: Sequence[Method], objective: Any, head: Any, protocol: P
         raise BadInput(
             f"method: {', '.join(idle)} trains a head only, and head {head.name} has nothing that trains; use frozen "
             "for the model as it is, or a method that adapts it (finetune, lora, moram)"
+        )
+
+
+def check_drift(methods: Sequence[Any], name: str, config: Any) -> None:
+    """Checks what corrects the statistics of head `name` against the methods (or their classes).
+
+    Raises:
+        BadInput: the features never move, or there is no buffer to take rows from.
+    """
+    asked = [field for field in ("recentre", "refresh") if getattr(config, field, None)]
+    if asked and not any(method.adapts for method in methods):
+        raise BadInput(
+            f"head.{name}.{asked[0]}: corrects for features that move, and those of "
+            f"{' and '.join(method.name for method in methods)} never do; remove it"
+        )
+    if "refresh" in asked and not any("rehearsal" in method.needs for method in methods):
+        raise BadInput(
+            f"head.{name}.refresh: takes rows from the replay buffer, and no method fills one; add er to the list of "
+            "methods, or use recentre"
         )
 
 

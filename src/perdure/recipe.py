@@ -20,7 +20,7 @@ from .config import ProtocolConfig, Strict, TrainingConfig
 from .errors import BadInput
 from .models import ModelSource
 from .presets import PRESETS
-from .protocol import check_granted, check_head, check_list
+from .protocol import check_drift, check_granted, check_head, check_list
 from .recipe_layers import BLOCKS, DEFAULTS, apply_arm, head_name, holds, mark, set_value, split_override
 from .registry import HEADS, METHODS, OBJECTIVES
 from .streams import StreamConfig
@@ -376,6 +376,8 @@ def _complete(recipe: Recipe, sources: dict[str, str]) -> Recipe:
     if not any(method.adapts or method.frozen_features for method in plugged):  # the whole model trains
         plugged.append(METHODS.get("finetune"))
     check_head(plugged, OBJECTIVES.get(objective), head_pair and HEADS.get(head_pair[0]), recipe.protocol)
+    if head_pair is not None:
+        check_drift(plugged, *head_pair)
     updates: dict[str, Any] = {
         "method": [{name: config.model_dump(mode="json")} for name, config in methods],
         "objective": {objective: objective_config.model_dump(mode="json")},

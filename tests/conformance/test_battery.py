@@ -265,7 +265,7 @@ def test_detach_restores_the_model(method: str, host: str) -> None:
         assert torch.equal(told.learner.model(**told.inputs)[0], told.untouched)
 
 
-@pytest.mark.parametrize("head", ["linear", "cosine", "ridge"])
+@pytest.mark.parametrize("head", ["linear", "cosine", "ridge", "ncm", "slda", "slca"])
 @pytest.mark.parametrize("method", ["linear_probe", "moram"])
 def test_every_head_grows_saves_and_loads(method: str, head: str, tmp_path: Path) -> None:
     spec = {head: {"features": 32}} if head == "ridge" else head

@@ -17,6 +17,10 @@ from safetensors.torch import save_file
 from . import cases
 
 GLOBAL_BATCH, ROWS = 4, 7
+HEADS: dict[str, Any] = {
+    "ridge": {"ridge": {"features": 16}}, "ncm": {"ncm": {"recentre": {}}}, "slda": {"slda": {"recentre": {}}},
+    "slca": {"slca": {"samples": 8}},
+}  # fmt: skip
 SPECS = cases.all_specs()
 CASES: dict[str, tuple[str, Any]] = {
     f"{name}/bert": ("bert", SPECS[name]) for name in SPECS if cases.runs(name, "bert")
@@ -26,7 +30,7 @@ CASES |= {f"{name}/{host}": (host, SPECS[name]) for host in ("vit", "llama") for
 CASES |= {f"{name} adamw/bert": ("bert", SPECS[name]) for name in ("finetune", "moram-protected")}
 CASES |= {f"{name}/clip": ("clip", SPECS[name]) for name in ("finetune", "moram", "moram+er")}
 CASES["captions/clip"] = ("clip", SPECS["moram"])
-CASES["moram+ridge/bert"] = ("bert", SPECS["moram"])
+CASES |= {f"moram+{head}/bert": ("bert", SPECS["moram"]) for head in ("ridge", "ncm", "slda", "slca")}
 
 
 def learn(name: str, processes: int) -> dict[str, Any]:
@@ -35,7 +39,7 @@ def learn(name: str, processes: int) -> dict[str, Any]:
     if name.startswith("captions"):  # the test rows keep their classes, to be scored
         captions = [{"image": row["image"], "text": f"{n} {row['label']}"} for n, row in enumerate(made[0].train)]
         made[0] = made[0].with_rows(train=captions, test=())
-    head = {"ridge": {"features": 16}} if "ridge" in name else None
+    head = HEADS.get(name.partition("/")[0].rpartition("+")[2])
     optimizer = {"optimizer": "adamw"} if "adamw" in name else {"optimizer": "sgd", "learning_rate": 0.02}
     learner = cases.build_learner(
         host, cases.without_dropout(spec), dtype=torch.float64, head=head, epochs=1, **optimizer,

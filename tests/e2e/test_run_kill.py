@@ -14,7 +14,7 @@ from perdure.state import StateStore
 from . import tiny
 from .nursery import Done, Nursery, point
 
-STEPLESS = ("linear_probe+ridge", "frozen-lm")
+STEPLESS = ("linear_probe+ridge", "linear_probe+slda", "frozen-lm")
 """Arms without gradients, which save at boundaries alone."""
 
 

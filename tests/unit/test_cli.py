@@ -355,6 +355,8 @@ def test_methods_lists_all_and_explains_one():
     assert "removal: structural" in told and "temperature: float, default 0.03" in told
     assert "Softmax temperature" in told and "arXiv 2506.21035" in told
     assert "closed form: yes" in runner.invoke(app, ["methods", "ridge"]).output
+    both = runner.invoke(app, ["methods", "slda"]).output  # a preset and a head
+    assert "linear_probe" in both and "scores = f w_c + b_c" in both and "shrinkage: float" in both
     assert "McDonnell" in runner.invoke(app, ["methods", "ranpac"]).output
     assert runner.invoke(app, ["methods", "replay"]).output.startswith("er: ")
 

@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 from perdure.errors import BadInput, NonFiniteLoss
 from perdure.registry import HEADS
 
-NAMES = ["linear", "cosine", "ridge"]
-SETTINGS = {"linear": {}, "cosine": {}, "ridge": {"features": 32}}
+NAMES = ["linear", "cosine", "ridge", "ncm", "slda", "slca"]
+SETTINGS = {name: {} for name in NAMES} | {"ridge": {"features": 32}}
 
 
 def make(name, width=6, seed=3, classes=0, **settings):
@@ -25,7 +25,7 @@ def make(name, width=6, seed=3, classes=0, **settings):
 
 def filled(name, classes=4, **settings):
     head = make(name, classes=classes, **settings)
-    if head.closed_form:
+    if head.closed_form or head.fits:
         torch.manual_seed(0)
         head.begin_fit(60, 1)
         head.update(torch.randn(60, 6), torch.arange(60) % classes)

@@ -139,6 +139,26 @@ def test_a_preset_brings_methods_and_head(path):
     assert "did you mean ranpac?" in refused(path, "method=ranpak")
 
 
+@pytest.mark.parametrize(("name", "method", "head"), [
+    ("simple_cil", "linear_probe", "ncm"), ("slda", "linear_probe", "slda"), ("slca", "finetune", "slca"),
+])  # fmt: skip
+def test_presets_are_complete_arms(path, name, method, head):
+    recipe = load_recipe(path, [f"method={name}"])
+    assert list(recipe.method[0]) == [method] and list(recipe.head) == [head] and recipe.label == name
+    if name == "slca":
+        assert recipe.training.head_learning_rate == 100 * recipe.training.learning_rate
+        faster = load_recipe(path, ["method=slca", "training.learning_rate=3e-5", "head.slca.epochs=2"])
+        assert faster.training.learning_rate == 3e-5 and faster.head["slca"]["epochs"] == 2
+
+
+def test_corrections_that_do_not_go_with_the_methods_are_refused_before_any_work(path):
+    moved = ["head=ncm", "head.ncm.recentre={}"]
+    assert "head.ncm.recentre: corrects for features that move" in refused(path, "method=linear_probe", *moved)
+    assert "add er" in refused(path, "method=lora", "head=ridge", "head.ridge.refresh=true")
+    whole = load_recipe(path, ["method=finetune", "head=ridge", "head.ridge.recentre.sigma=0.2"])
+    assert whole.head["ridge"]["recentre"] == {"sigma": 0.2, "rows": 2000}
+
+
 def test_lists_of_methods_and_settings_inside_them(path):
     recipe = load_recipe(
         path, ["method=[{lora: {rank: 4}}, {er: {budget: 10}}]", "method.lora.alpha=4", "method.er.per_step=2"]

@@ -35,6 +35,8 @@ class Head(ABC):
         closed_form: True if the head has statistics instead of gradients; an adapter that needs a gradient is then
             trained through an auxiliary cosine head, and `begin_fit`, `update`, `end_fit` fill the statistics in one
             counted pass at the experience's end.
+        fits: True if there is such a pass although the head itself trains by gradient.
+        needs_boundaries: True if it must be told where an experience ends.
         by_text: True if classes are known by their names: the objective encodes the names with the host, and the head
             scores features against them, classes that were never learnt included.
     """
@@ -43,6 +45,8 @@ class Head(ABC):
     title: ClassVar[str] = ""
     Config: ClassVar[type[HeadConfig]] = HeadConfig
     closed_form: ClassVar[bool] = False
+    fits: ClassVar[bool] = False
+    needs_boundaries: ClassVar[bool] = False
     by_text: ClassVar[bool] = False
 
     module: nn.Module
@@ -81,7 +85,7 @@ class Head(ABC):
         """The head as the training loss sees it; itself, but for heads of which a part stands still in training."""
         return self
 
-    # ---- closed-form heads only
+    # ---- heads with a pass at the experience's end only
     def begin_fit(self, rows: int, seed: int) -> None:
         """A pass over one experience of `rows` rows begins."""
 

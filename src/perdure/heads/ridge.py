@@ -7,20 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
-from ..config import HeadConfig
 from ..errors import NonFiniteLoss
-from ._head import Head, register, seeded_generator
+from ._fitted import BLOCK, DriftConfig, FittedHead, displacement, factor, joined, longer, packed, taken, unpacked
+from ._head import register, seeded_generator
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
-
-BLOCK = 512
-"""Rows per rank update of the statistics. Blocks, not batches, so that the sums do not depend on the batch size."""
 
 
 @register("ridge")
-class RidgeHead(Head):
+class RidgeHead(FittedHead):
     """Streaming ridge regression on random features.
 
     z = relu(f̂ P), f̂ = f/‖f‖ [B, D], P [D, M] ~ N(0, 1) drawn once;  G = Σ z zᵀ [M, M], C = Σ z yᵀ [M, classes] with
@@ -34,15 +30,22 @@ class RidgeHead(Head):
     and solution for each λ tried is cheaper than one eigendecomposition for all (two slow cores, 150 classes: 0.15 s
     against 1.3 s at M = 2000, 0.94 s against 11.7 s at M = 4000; a walk tries 3 once λ has settled).
 
-    State: G as its upper triangle, C (float64), W, P (float32), λ; in the middle of a pass also the rows not yet
-    summed. z is computed in float32, the sums in float64.
+    `recentre` is after Semantic Drift Compensation, in the space of z: with n_c rows of class c and δ_c the estimated
+    drift of its mean z, C_c += n_c δ_c and G += Σ_c (C_c δ_cᵀ + δ_c C_cᵀ + n_c δ_c δ_cᵀ), C_c as before. That is exact
+    if every z of class c moved by δ_c. Where row i moved by δ_c + e_i, C_c is off by no more than Σ ‖e_i‖, and G by no
+    more than Σ (2 ‖z_i + δ_c‖ ‖e_i‖ + ‖e_i‖²). `refresh` replaces the part of each old class that has rows in the
+    replay buffer by theirs, each row weighted with n_c / (buffered rows of c): exact where the buffer holds all of
+    them. C of other old classes is kept, and of G their share of the rows, as G is not kept by class.
+
+    State: G as its upper triangle, C (float64), W, P (float32), λ, with a correction the rows of each class; in the
+    middle of a pass also the rows not yet summed. z is computed in float32, the sums in float64.
     Deviation from RanPAC: features of unit norm (its features are as the network gives them), so that one grid fits all
     hosts.
     """
 
     closed_form = True
 
-    class Config(HeadConfig):
+    class Config(DriftConfig):
         features: int = Field(2000, ge=1)
         """Random features M. Memory and state grow with M², time with M³."""
         normalize: bool = True
@@ -65,7 +68,6 @@ class RidgeHead(Head):
 
     config: RidgeHead.Config
     _held: list[tuple[Tensor, Tensor]]
-    _waiting: list[tuple[Tensor, Tensor]]
 
     # ---- shape
     def build(self, width: int, seed: int) -> nn.Module:
@@ -80,6 +82,8 @@ class RidgeHead(Head):
         self.module.register_buffer("gram", torch.zeros(size, size, dtype=torch.float64))
         self.module.register_buffer("cross", torch.zeros(size, 0, dtype=torch.float64))
         self.module.register_buffer("weight", torch.zeros(size, 0))
+        if self.config.recentre is not None or self.config.refresh:
+            self.module.register_buffer("counts", torch.zeros(0, dtype=torch.float64))
         self._close()
         return self.module
 
@@ -92,7 +96,22 @@ class RidgeHead(Head):
             old = self.module.get_buffer(name)
             new = old.new_zeros(old.shape[0], classes - self.classes)
             setattr(self.module, name, torch.cat([old, new], dim=1))
+        if self._counts is not None:
+            longer(self.module, "counts", classes)
         self.classes = classes
+
+    @property
+    def _gram(self) -> Tensor:
+        return self.module.get_buffer("gram")
+
+    @property
+    def _cross(self) -> Tensor:
+        return self.module.get_buffer("cross")
+
+    @property
+    def _counts(self) -> Tensor | None:
+        """Rows of each class [classes], kept where sums are corrected."""
+        return getattr(self.module, "counts", None)
 
     # ---- use
     def logits(self, features: Tensor) -> Tensor:
@@ -116,14 +135,10 @@ class RidgeHead(Head):
         return self.values["lambda"]
 
     # ---- the pass over one experience
-    def begin_fit(self, rows: int, seed: int) -> None:
-        self._close()
-        self._open(rows, seed, 0)
-
     def _open(self, rows: int, seed: int, seen: int) -> None:
         import torch
 
-        self.values["pass"] = {"rows": rows, "seed": seed, "seen": seen}
+        super()._open(rows, seed, seen)
         count = min(round(self.config.holdout * rows), self.config.max_holdout)
         if self.config.holdout and not count and rows > 1:
             count = 1
@@ -132,83 +147,79 @@ class RidgeHead(Head):
         self._aside[chosen] = True
 
     def _close(self) -> None:
-        self.values["pass"] = None
-        self._held, self._waiting = [], []
+        super()._close()
+        self._held = []
 
-    def update(self, features: Tensor, labels: Tensor) -> None:
+    def _take(self, features: Tensor, labels: Tensor) -> None:
         import torch
 
-        state = self.values["pass"]
-        if state is None:
-            raise RuntimeError("ridge head: update outside a pass; call begin_fit first")
-        device = self.module.get_buffer("gram").device
-        features, labels = features.detach().float().to(device), labels.to(device)
-        real = labels != -100
-        features, labels = features[real], labels[real]
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
-            raise RuntimeError(
-                f"ridge head: label {int(labels.max())} with room for {self.classes} classes; call grow first"
-            )
-        if not torch.isfinite(features).all():
-            raise NonFiniteLoss(
-                "ridge head: features hold NaN or infinity; the statistics were not touched by this batch"
-            )
+        seen = self.values["pass"]["seen"]
         aside = torch.zeros(len(labels), dtype=torch.bool)
         # Rows beyond the announced number are all fitted.
-        known = self._aside[state["seen"] : state["seen"] + len(labels)]
+        known = self._aside[seen : seen + len(labels)]
         aside[: len(known)] = known
-        aside = aside.to(device)
-        state["seen"] += len(labels)
+        aside = aside.to(features.device)
         if aside.any():
             self._held.append((features[aside], labels[aside]))
-        self._waiting.append((features[~aside], labels[~aside]))
-        self._flush(BLOCK)
+        super()._take(features[~aside], labels[~aside])
 
-    def end_fit(self) -> None:
-        if self.values["pass"] is None:
-            raise RuntimeError("ridge head: end_fit outside a pass; call begin_fit first")
-        self._flush(1)
+    def _last_rows(self) -> None:
         if self._held:
-            features, labels = _join(self._held)
-            if self.values["rows"]:
+            features, labels = joined(self._held)
+            if self.started:
                 self.values["lambda"], self.values["chosen"] = self._choose(features, labels), True
             self._waiting, self._held = [(features, labels)], []
             self._flush(1)
-        self._close()
-        if self.values["rows"]:
-            # Row-major like a loaded one: another layout takes another kernel, with other roundings.
-            self.module.weight = self._solve(self.ridge).float().contiguous()
 
-    def _flush(self, least: int) -> None:
-        """Sums waiting rows in blocks, until fewer than `least` wait."""
-        if sum(len(labels) for _, labels in self._waiting) < least:
-            return
-        features, labels = _join(self._waiting)
-        while len(labels) >= least:
-            self._add(features[:BLOCK], labels[:BLOCK])
-            features, labels = features[BLOCK:], labels[BLOCK:]
-        self._waiting = [(features.clone(), labels.clone())] if len(labels) else []
+    def _fit(self, seed: int) -> None:
+        # Row-major like a loaded one: another layout takes another kernel, with other roundings.
+        self.module.weight = self._solve(self.ridge).float().contiguous()
 
     def _add(self, features: Tensor, labels: Tensor) -> None:
         import torch
 
-        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            z = self.random_features(features).double()
-            self.module.get_buffer("gram").addmm_(z.T, z)
-            # A product, not index_add_: the same sum on every device in every run.
-            target = torch.nn.functional.one_hot(labels, self.classes).double()
-            self.module.get_buffer("cross").addmm_(z.T, target)
-        self.values["rows"] += len(labels)
+        z = self.random_features(features).double()
+        self._gram.addmm_(z.T, z)
+        # A product, not index_add_: the same sum on every device in every run.
+        target = torch.nn.functional.one_hot(labels, self.classes).double()
+        self._cross.addmm_(z.T, target)
+        if self._counts is not None:
+            self._counts.add_(target.sum(0))
+
+    # ---- sums that have gone stale
+    def recentre(self, after: Tensor) -> None:
+        assert self.before is not None and self.config.recentre is not None and self._counts is not None
+        old, counts = self._counts > 0, self._counts
+        means = (self._cross[:, old] / counts[old]).T
+        before, after = (self.random_features(each.to(self.device)) for each in (self.before, after))
+        shift = self._cross.new_zeros(self._cross.shape)
+        shift[:, old] = displacement(means, before, after, self.config.recentre.sigma).T
+        turned = self._cross @ shift.T
+        self._gram.add_(turned + turned.T + (shift * counts) @ shift.T)
+        self._cross.add_(shift * counts)
+
+    def refresh(self, features: Tensor, labels: Tensor) -> None:
+        import torch
+
+        assert self._counts is not None
+        features, labels = self._checked(features, labels)
+        here = torch.bincount(labels, minlength=self.classes).double()
+        fresh = (here > 0) & (self._counts > 0)
+        weights = torch.where(fresh, self._counts / here.clamp(min=1), 0.0)
+        self._gram.mul_(1 - self._counts[fresh].sum() / self._counts.sum())
+        self._cross[:, fresh] = 0.0
+        for start in range(0, len(labels), BLOCK):
+            rows, ids = features[start : start + BLOCK], labels[start : start + BLOCK]
+            z = self.random_features(rows).double()
+            weighted = z * weights[ids][:, None]
+            self._gram.addmm_(weighted.T, z)
+            self._cross.addmm_(weighted.T, torch.nn.functional.one_hot(ids, self.classes).double())
 
     # ---- solving
     def _factor(self, ridge: float) -> tuple[Tensor, bool]:
-        import torch
-
-        gram = self.module.get_buffer("gram").clone()
+        gram = self._gram.clone()
         gram.diagonal().add_(ridge)
-        # Only the upper triangle is read: it is what the state keeps.
-        factor, info = torch.linalg.cholesky_ex(gram, upper=True)
-        return factor, not bool(info)
+        return factor(gram)
 
     def _solve(self, ridge: float) -> Tensor:
         """W [M, classes] float64; λ rises tenfold where G + λI is not positive definite in float64.
@@ -218,12 +229,12 @@ class RidgeHead(Head):
         """
         import torch
 
-        diagonal = self.module.get_buffer("gram").diagonal()  # no entry of G is larger than the largest of these
+        diagonal = self._gram.diagonal()  # no entry of G is larger than the largest of these
         while math.isfinite(ridge) and bool(torch.isfinite(diagonal).all()):
-            factor, good = self._factor(ridge)
+            upper, good = self._factor(ridge)
             if good:
                 self.values["lambda"] = ridge
-                return torch.cholesky_solve(self.module.get_buffer("cross"), factor, upper=True)
+                return torch.cholesky_solve(self._cross, upper, upper=True)
             ridge *= 10
         raise NonFiniteLoss(
             "ridge head: the sums over the features are no longer finite; set head.ridge.normalize to true, or look at "
@@ -234,15 +245,15 @@ class RidgeHead(Head):
         """Mean squared error of held-aside rows z [R, M], target [R, classes]; infinite where there is no solution."""
         import torch
 
-        factor, good = self._factor(ridge)
+        upper, good = self._factor(ridge)
         if not good:
             return float("inf")
-        cross = self.module.get_buffer("cross")
+        cross = self._cross
         # Solve for the narrower side of zᵀ (G + λI)⁻¹ C.
         if len(z) < cross.shape[1]:
-            predicted = torch.cholesky_solve(z.T.contiguous(), factor, upper=True).T @ cross
+            predicted = torch.cholesky_solve(z.T.contiguous(), upper, upper=True).T @ cross
         else:
-            predicted = z @ torch.cholesky_solve(cross, factor, upper=True)
+            predicted = z @ torch.cholesky_solve(cross, upper, upper=True)
         return float((predicted - target).square().mean())
 
     def _choose(self, features: Tensor, labels: Tensor) -> float:
@@ -274,44 +285,15 @@ class RidgeHead(Head):
     # ---- state
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As the base; `gram` is the upper triangle, row after row [M (M + 1) / 2]."""
-        import torch
-
-        tensors = dict(self.module.state_dict())
-        gram = tensors["gram"]
-        tensors["gram"] = torch.cat([gram[i, i:] for i in range(len(gram))])
-        for name in ("held", "waiting"):
-            pairs = getattr(self, f"_{name}")
-            if pairs:
-                tensors[f"{name}_features"], tensors[f"{name}_labels"] = _join(pairs)
-        values = {key: dict(v) if isinstance(v, dict) else v for key, v in self.values.items()}
-        return tensors, {"classes": self.classes, "values": values}
+        tensors, values = super().state_dict()
+        tensors["gram"] = packed(tensors["gram"])
+        if self._held:
+            tensors["held_features"], tensors["held_labels"] = joined(self._held)
+        return tensors, values
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        import torch
-
         tensors = dict(tensors)
-        pairs = {}
-        device = self.module.get_buffer("gram").device
-        for name in ("held", "waiting"):
-            features, labels = tensors.pop(f"{name}_features", None), tensors.pop(f"{name}_labels", None)
-            pairs[name] = [] if features is None or labels is None else [(features.to(device), labels.to(device))]
-        packed = tensors["gram"]
-        size = tensors["projection"].shape[1]
-        gram = torch.zeros(size, size, dtype=packed.dtype, device=packed.device)
-        start = 0
-        for i in range(size):
-            gram[i, i:] = packed[start : start + size - i]
-            start += size - i
-        tensors["gram"] = torch.triu(gram, 1).T + gram
+        held = taken(tensors, "held", self.device)
+        tensors["gram"] = unpacked(tensors["gram"], tensors["projection"].shape[1])
         super().load_state_dict(tensors, values)
-        opened = self.values.get("pass")
-        self._close()
-        if opened is not None:
-            self._open(opened["rows"], opened["seed"], opened["seen"])
-            self._held, self._waiting = pairs["held"], pairs["waiting"]
-
-
-def _join(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    return torch.cat([features for features, _ in pairs]), torch.cat([labels for _, labels in pairs])
+        self._held = held
