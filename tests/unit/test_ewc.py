@@ -106,6 +106,24 @@ def test_a_parameter_on_which_no_output_depends_is_not_stored() -> None:
     assert torch.equal(method.tensors["fisher/used"], torch.tensor([0.0, 1.0]))
 
 
+def test_a_parameter_that_was_replaced_begins_anew() -> None:
+    trained = {name: nn.Parameter(torch.zeros(1, dtype=torch.float64)) for name in ("stays", "goes")}
+    method = ewc(trained, strength=2.0)
+    fisher = dict.fromkeys(trained, torch.ones(1, dtype=torch.float64))
+    for value in (0.0, 4.0):
+        for parameter in trained.values():
+            parameter.data.fill_(value)
+        boundary(method, fisher)
+    assert method.values["apart"] == {"stays": 8.0, "goes": 8.0}
+    method.after_experience(SimpleNamespace(last=False, train=()))
+    trained["goes"] = nn.Parameter(torch.ones(1, dtype=torch.float64))  # under the old name
+    method.loop.write_id += 1
+    method.before_step(None)
+    assert {key for key in method.tensors if "goes" in key} == set()
+    boundary(method, fisher)
+    assert float(method.tensors["fisher/goes"]) == 1.0 and "goes" not in method.values["apart"]
+
+
 # ---- the Fisher information
 def probe(labels: str, monkeypatch: pytest.MonkeyPatch, drawn: torch.Tensor | None = None) -> tuple[Any, Any, Any]:
     """Fisher information of a linear head after one experience, and features and labels of its rows."""

@@ -90,6 +90,9 @@ def test_new_parameters_under_old_names_are_not_held_in_either_order(adapter: An
     head = {"weight", "scale"}
     for spec in ([adapter, penalty], [penalty, adapter]):
         assert held_in(spec, 3) == [set(), head, head]
+    learner = build([penalty, adapter], epochs=1)
+    learner.learn(cases.experiences("bert", 2)[0])
+    assert all("/head/" in key for key in learner.methods[0].tensors), "what is new next time need not be stored"
 
 
 @pytest.mark.parametrize("penalty", [EWC, L2])
