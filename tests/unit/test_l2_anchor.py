@@ -114,6 +114,15 @@ def test_from_the_start_the_pretrained_weights_hold_the_first_experience() -> No
     assert all("l2_anchor.pull" not in seen for seen in logged)
 
 
+def test_what_comes_later_waits_for_a_boundary_from_the_start_on_too() -> None:
+    learner = build([{"lora": {"rank": 2, "pretrain": {}}}, {"l2_anchor": {"strength": 0.1, "from_start": True}}])
+    logged: list[list[dict[str, float]]] = []
+    for experience in cases.experiences("bert", 4)[:3]:
+        logged.append([])
+        learner.learn(experience, on_step=lambda _, seen: logged[-1].append(seen))
+    assert ["l2_anchor.pull" in steps[-1] for steps in logged] == [True, False, True]
+
+
 def test_a_parameter_that_no_loss_reaches_is_not_pulled() -> None:
     torch.manual_seed(0)
     config = transformers.BertConfig(
