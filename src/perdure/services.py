@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .data import Batch, Output, Row, Rows
     from .hosts import Site
     from .loop import Loop
+    from .methods import Method
     from .replay import ReplayBuffer
 
 
@@ -127,6 +128,15 @@ class Services:
     def labels(self) -> dict[str, int]:
         """Class name -> id of all classes seen."""
         return self._loop.labels
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The whole list that the asking method stands in."""
+        return tuple(self._loop.methods)
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """What trains by gradient now, heads included, by the names that `gradients` gives: `method/…`, `head/…`."""
+        return self._loop.named_trainable()
 
     # ---- data
     def remember(self, batch: Batch) -> None:

@@ -265,7 +265,8 @@ class Stepping(Passes):
             return {name: float(value) for name, value in log.items()}
         names = sorted(log)
         values = self.accelerator.reduce(torch.stack([log[name].double() for name in names]), "sum")
-        return dict(zip(names, values.tolist(), strict=True))
+        found = dict(zip(names, values.tolist(), strict=True))
+        return {name: found[name] for name in log}  # in the order of one process
 
     # ---- masks
     def _classes_of(self, micro_batches: list[Batch]) -> Tensor | None:

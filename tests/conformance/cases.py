@@ -36,6 +36,8 @@ SETTINGS: dict[str, Any] = {
     "random_prune": {"random_prune": {"rank": 3, "kept_rank": 1.5}},
     "er": {"er": {"budget": 12, "per_step": 4}},
     "seta": {"seta": {"density": 0.05, "gate_layer": 1, "prompt_tokens": 4, "draws": 8, "smallest": 4}},
+    "ewc": {"ewc": {"strength": 10.0, "rows": 4}},
+    "l2_anchor": {"l2_anchor": {"strength": 0.1}},
     "joint": [{"lora": {"rank": 2}}, "joint"],
 }
 # nothing trains before the last experience, or ever: there is no state from the middle of the second
@@ -54,6 +56,13 @@ VARIANTS: dict[str, Any] = {
     "apn-everything": {"apn": {**PATCHES, "train": "all", "row_wise": False}},
     "lora-pretrained": {"lora": {"rank": 2, "pretrain": {"weight_decay": 0.1}}},
     "rwf-all": {"rwf": {"length": 3, "heads": 2, "beta": 2.0, "train": ["P", "W_Q", "W_K", "W_V", "W_O"]}},
+    "lora+ewc": [{"lora": {"rank": 2, "dropout": 0.1}}, {"ewc": {"strength": 10.0, "online": True, "labels": "data"}}],
+    "lora+l2-attention": [
+        {"l2_anchor": {"strength": 0.1, "where": "attention", "head": True, "from_start": True}},
+        {"lora": {"rank": 2}},
+    ],
+    "codyra+ewc": [{"ewc": {"strength": 10.0, "rows": 4}}, {"codyra": {"rank": 3, "threshold": 0.3}}],
+    "moram+lwf": [{"moram": {"rank": 2, "top_k": 2}}, "lwf"],
     "moram-growing": {"moram": {"rank": 2, "top_k": 2, "dropout": 0.1, "grow_every": 3}},  # without boundaries
 }
 

@@ -25,7 +25,7 @@ SPECS = cases.all_specs()
 CASES: dict[str, tuple[str, Any]] = {
     f"{name}/bert": ("bert", SPECS[name]) for name in SPECS if cases.runs(name, "bert")
 }
-CASES |= {f"{name}/gpt2": ("gpt2", SPECS[name]) for name in ("finetune", "moram", "moram+er", "apn")}
+CASES |= {f"{name}/gpt2": ("gpt2", SPECS[name]) for name in ("finetune", "moram", "moram+er", "apn", "ewc", "lwf")}
 CASES |= {f"{name}/{host}": (host, SPECS[name]) for host in ("vit", "llama") for name in ("finetune", "moram")}
 CASES |= {f"{name} adamw/bert": ("bert", SPECS[name]) for name in ("finetune", "moram-protected")}
 CASES |= {f"{name}/clip": ("clip", SPECS[name]) for name in ("finetune", "moram", "moram+er")}

@@ -43,6 +43,7 @@ class MergedComponents(Method):
 
     needs = frozenset({"boundaries"})
     adapts = True
+    renews = True
     removal = "structural"
 
     def attach(self, host: Host) -> None:

@@ -40,6 +40,8 @@ class Method:
             list adapts, the loop trains the whole model as `finetune` does.
         learns: False for a baseline that is meant to learn nothing.
         frozen_features: True if the host's features never change, so that they may be computed once and cached.
+        renews: True if what trains is new in every experience and the old stands still or is merged, so that nothing
+            lives on which a penalty could hold where it was.
         keeps_output: True if attaching leaves the host's outputs unchanged until something is learnt.
         removal: what taking one experience back means.
         status: what is known about this implementation.
@@ -58,6 +60,7 @@ class Method:
     adapts: ClassVar[bool] = False
     learns: ClassVar[bool] = True
     frozen_features: ClassVar[bool] = False
+    renews: ClassVar[bool] = False
     keeps_output: ClassVar[bool] = True
     removal: ClassVar[Literal["exact", "structural", "rollback"]] = "rollback"
     status: ClassVar[Status] = "unverified"

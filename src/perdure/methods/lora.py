@@ -108,7 +108,7 @@ class LoRA(Method):
                 )
 
     @property
-    def _grows(self) -> bool:
+    def renews(self) -> bool:  # type: ignore[override]
         return self.config.grow or self.config.protect is not None
 
     def _add_adapter(self) -> None:
@@ -178,7 +178,7 @@ class LoRA(Method):
         asked = [name for name in ("first_only", "grow", "protect") if getattr(self.config, name)]
         if asked and not self.loop.knows_boundaries:
             raise BadInput(f"method.lora.{asked[0]}: needs boundaries (protocol.boundaries: train); remove it")
-        if self._grows and self.loop.experiences_learnt > (self.config.pretrain is not None):
+        if self.renews and self.loop.experiences_learnt > (self.config.pretrain is not None):
             for _, parameter in self._named():
                 parameter.requires_grad_(False)
             self._add_adapter()

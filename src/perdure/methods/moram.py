@@ -89,6 +89,7 @@ class MoRAM(Method):
         """Training rows from which contrast keys are made, evenly spaced."""
 
     adapts = True
+    renews = True
     removal = "structural"
     status = "unverified"
 
