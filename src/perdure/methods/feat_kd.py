@@ -1,6 +1,6 @@
 """Feature distillation: the features of new rows stay near those that the last model gives them.
 
-FeatKD of a rehearsal-free comparison (M27 in our notes, second-hand; the paper was not at hand), which found that it
+FeatKD of a rehearsal-free comparison (second-hand; the paper was not at hand), which found that it
 rarely helps. With z [B, D] the pooled features of a batch and z⁻ those of the model at the last boundary:
 
     L = L_now + λ · 1/B Σ_rows ‖z − z⁻‖²

@@ -1,6 +1,6 @@
 """L2 anchor: what trains is pulled back to where the last experience left it.
 
-The L2 baseline of a rehearsal-free comparison ("Rehearsal-free closer look", M27 in our notes, second-hand; the
+The L2 baseline of a rehearsal-free comparison ("Rehearsal-free closer look", second-hand; the
 paper was not at hand): its ViT recipe trains query, key and value maps and the head, with L2 on the maps.
 
     L = L_now + λ Σ_j (θ[j] − θ*[j])²

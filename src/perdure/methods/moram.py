@@ -23,7 +23,7 @@ also second moments of layer inputs, d_in² numbers for each kind of input. Cost
 scores and k · d_out for the values. Removal: structural (`forget` drops the atoms of one write; later atoms were learnt
 in their presence).
 
-Deviations from the released code, all defects named in our notes on it: the value scale is folded into the values at
+Deviations from the released code, all of them defects there: the value scale is folded into the values at
 freezing (the release halves them); atoms that were never trained take no part in evaluation (the release lets empty
 atoms of the next task take slots) and do not freeze; parameters and optimizer state are new for each experience.
 `min_k` is 1 here, the release forces k ≥ 2 (`min_k: 2` gives that). On a stream without boundaries atoms are added
