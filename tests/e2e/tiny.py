@@ -36,6 +36,7 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "apn-lm": ({"apn": {**APN, "place": "replace", "pretrain": {"learning_rate": 5e-3}}}, None),
     "codyra": ({"codyra": {"rank": 3, "threshold": 0.3}}, "cosine"),
     "random_prune": ({"random_prune": {"rank": 3, "kept_rank": 1.5}}, "cosine"),
+    "olora": ({"olora": {"rank": 2, "alpha": 4.0, "lambda2": 0.01}}, "cosine"),
     "rwf": ({"rwf": {"length": 2}}, "cosine"),
     "static_prompts-lm": ({"static_prompts": {"length": 2}}, None),
     "frozen-lm": ("frozen", None),

@@ -1,6 +1,7 @@
 """Modules that stand inside a host."""
 
 from .linear import LinearMemory
+from .low_rank import LowRankBranches
 from .patches import PatchLayer
 from .retrieval import PARTS, RetrievedPrompts, StaticPrompts
 from .sparse_experts import SequenceGate, SparseExperts
@@ -8,6 +9,7 @@ from .sparse_experts import SequenceGate, SparseExperts
 __all__ = [
     "PARTS",
     "LinearMemory",
+    "LowRankBranches",
     "PatchLayer",
     "RetrievedPrompts",
     "SequenceGate",

@@ -5,7 +5,7 @@ from .contrast import contrast_directions, paired
 from .effects import choose_patch_path, choose_path, read_atoms, read_patches, sparse_delta
 from .merging import MergeReport, merge_duplicates
 from .observe import Observation, RouterLog, Written, is_observed, observing, report, report_written
-from .protect import InputMoments, free_directions, leading_basis, project
+from .protect import InputMoments, free_directions, leading_basis, overlap, project
 from .retrieval import free_energy, least_free_energy, retrieve
 from .routing import Routing, cosine, dot, effective_k, open_items, select, self_activation, weight
 from .sparse import Shares, SparseBank, Support, share_out
@@ -37,6 +37,7 @@ __all__ = [
     "merge_duplicates",
     "observing",
     "open_items",
+    "overlap",
     "paired",
     "project",
     "read_atoms",
