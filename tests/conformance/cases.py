@@ -35,6 +35,7 @@ SETTINGS: dict[str, Any] = {
     "codyra": {"codyra": {"rank": 3, "threshold": 0.3, "gate_learning_rate": 0.02}},
     "random_prune": {"random_prune": {"rank": 3, "kept_rank": 1.5}},
     "olora": {"olora": {"rank": 2, "alpha": 4.0, "lambda2": 0.01}},
+    "inflora": {"inflora": {"rank": 2, "energy": 0.8}},
     "er": {"er": {"budget": 12, "per_step": 4}},
     "seta": {"seta": {"density": 0.05, "gate_layer": 1, "prompt_tokens": 4, "draws": 8, "smallest": 4}},
     "joint": [{"lora": {"rank": 2}}, "joint"],
