@@ -1,5 +1,6 @@
 """Modules that stand inside a host."""
 
+from .directions import Directions, Magnitudes
 from .linear import LinearMemory
 from .low_rank import LowRankBranches
 from .patches import PatchLayer
@@ -8,8 +9,10 @@ from .sparse_experts import SequenceGate, SparseExperts
 
 __all__ = [
     "PARTS",
+    "Directions",
     "LinearMemory",
     "LowRankBranches",
+    "Magnitudes",
     "PatchLayer",
     "RetrievedPrompts",
     "SequenceGate",
