@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "olora": {"olora": {"rank": 2, "alpha": 4.0, "lambda2": 0.01}},
     "inflora": {"inflora": {"rank": 2, "energy": 0.8}},
     "sd_lora": {"sd_lora": {"rank": 2}},
+    "merge_lora": {"merge_lora": {"rank": 2, "dropout": 0.1}},
     "er": {"er": {"budget": 12, "per_step": 4}},
     "seta": {"seta": {"density": 0.05, "gate_layer": 1, "prompt_tokens": 4, "draws": 8, "smallest": 4}},
     "joint": [{"lora": {"rank": 2}}, "joint"],

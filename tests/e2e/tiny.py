@@ -39,6 +39,7 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "olora": ({"olora": {"rank": 2, "alpha": 4.0, "lambda2": 0.01}}, "cosine"),
     "inflora": ({"inflora": {"rank": 2, "energy": 0.8, "experiences": 3}}, "cosine"),
     "sd_lora": ({"sd_lora": {"rank": 2}}, "cosine"),
+    "merge_lora": ({"merge_lora": {"rank": 2, "dropout": 0.1}}, "cosine"),
     "rwf": ({"rwf": {"length": 2}}, "cosine"),
     "static_prompts-lm": ({"static_prompts": {"length": 2}}, None),
     "frozen-lm": ("frozen", None),
