@@ -36,7 +36,7 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "apn-lm": ({"apn": {**APN, "place": "replace", "pretrain": {"learning_rate": 5e-3}}}, None),
     "codyra": ({"codyra": {"rank": 3, "threshold": 0.3}}, "cosine"),
     "random_prune": ({"random_prune": {"rank": 3, "kept_rank": 1.5}}, "cosine"),
-    "olora": ({"olora": {"rank": 2, "alpha": 4.0, "lambda2": 0.01}}, "cosine"),
+    "olora": ({"olora": {"rank": 2, "alpha": 4.0, "lambda2": 0.01, "targets": "attention"}}, "cosine"),
     "inflora": ({"inflora": {"rank": 2, "energy": 0.8, "experiences": 3}}, "cosine"),
     "sd_lora": ({"sd_lora": {"rank": 2}}, "cosine"),
     "merge_lora": ({"merge_lora": {"rank": 2, "dropout": 0.1}}, "cosine"),
