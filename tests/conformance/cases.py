@@ -34,6 +34,10 @@ SETTINGS: dict[str, Any] = {
     "apn": {"apn": {**PATCHES, "dropout": 0.1}},
     "codyra": {"codyra": {"rank": 3, "threshold": 0.3, "gate_learning_rate": 0.02}},
     "random_prune": {"random_prune": {"rank": 3, "kept_rank": 1.5}},
+    "olora": {"olora": {"rank": 2, "alpha": 4.0, "lambda2": 0.01}},
+    "inflora": {"inflora": {"rank": 2, "energy": 0.8}},
+    "sd_lora": {"sd_lora": {"rank": 2}},
+    "merge_lora": {"merge_lora": {"rank": 2, "dropout": 0.1}},
     "er": {"er": {"budget": 12, "per_step": 4}},
     "seta": {"seta": {"density": 0.05, "gate_layer": 1, "prompt_tokens": 4, "draws": 8, "smallest": 4}},
     "ewc": {"ewc": {"strength": 10.0, "rows": 4}},
@@ -55,6 +59,7 @@ VARIANTS: dict[str, Any] = {
     "apn-in-place": {"apn": {**PATCHES, "place": "replace", "train": "patches+prototypes", "pretrain": {}}},
     "apn-everything": {"apn": {**PATCHES, "train": "all", "row_wise": False}},
     "lora-pretrained": {"lora": {"rank": 2, "pretrain": {"weight_decay": 0.1}}},
+    "sd_lora-per-map": {"sd_lora": {"rank": 2, "magnitudes": "per_map"}},
     "rwf-all": {"rwf": {"length": 3, "heads": 2, "beta": 2.0, "train": ["P", "W_Q", "W_K", "W_V", "W_O"]}},
     "lora+ewc": [{"lora": {"rank": 2, "dropout": 0.1}}, {"ewc": {"strength": 10.0, "online": True, "labels": "data"}}],
     "lora+l2-attention": [

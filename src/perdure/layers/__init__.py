@@ -1,6 +1,8 @@
 """Modules that stand inside a host."""
 
+from .directions import Directions, Magnitudes
 from .linear import LinearMemory
+from .low_rank import LowRankBranches
 from .patches import PatchLayer
 from .retrieval import PARTS, AttentionPooler, RetrievedPrompts, StaticPrompts
 from .sparse_experts import SequenceGate, SparseExperts
@@ -8,7 +10,10 @@ from .sparse_experts import SequenceGate, SparseExperts
 __all__ = [
     "PARTS",
     "AttentionPooler",
+    "Directions",
     "LinearMemory",
+    "LowRankBranches",
+    "Magnitudes",
     "PatchLayer",
     "RetrievedPrompts",
     "SequenceGate",

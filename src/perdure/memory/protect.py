@@ -137,6 +137,23 @@ def project(keys: Tensor, basis: Tensor) -> Tensor:
         return (wide - (wide @ u) @ u.t()).to(keys.dtype)
 
 
+def overlap(keys: Tensor, old: Tensor) -> Tensor:
+    """Σ_jk |old_j . key_k|, the entrywise L1 norm of A_old Aᵀ (O-LoRA): a scalar, 0 where the rows are orthogonal.
+
+    Computed in float32 at least, also under autocast. Gradients reach `old` only where it asks for them.
+
+    Args:
+        keys: A [r, d]. old: A_old [n, d]; n may be 0.
+    Raises:
+        ValueError: the widths differ.
+    """
+    if keys.shape[-1] != old.shape[-1]:
+        raise ValueError(f"old: found {old.shape[-1]} features; the keys have {keys.shape[-1]}")
+    dtype = torch.promote_types(torch.promote_types(keys.dtype, old.dtype), torch.float32)
+    with torch.autocast(device_type=keys.device.type, enabled=False):
+        return (old.to(dtype) @ keys.to(dtype).t()).abs().sum()
+
+
 def free_directions(basis: Tensor) -> int:
     """d - q: how many directions new keys still have."""
     return basis.shape[0] - basis.shape[1]
