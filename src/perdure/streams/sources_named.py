@@ -32,12 +32,14 @@ class Named:
         kind: text (labelled), lm, pairs (prompt and answer) or images.
         fields: canonical name -> the file's own.
         extra: further parts that may be asked for instead of a split, e.g. `oos_test` of CLINC150.
+        same_lines: lines at the head of each text that are the same in every row, which are left out.
     """
 
     files: Mapping[str, str]
     kind: str = "text"
     fields: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, str] = field(default_factory=dict)
+    same_lines: int = 0
 
 
 def _jsonl(folder: str, name: str, splits: str = "train test", kind: str = "text", **options: Any) -> Named:
@@ -77,8 +79,9 @@ NAMED: dict[str, Named] = {
     "banking77": _jsonl("intent", "banking77"),
     **{f"textcl/{name}": _jsonl("textcl", name) for name in TEXTCL},
     # The same rows as trace500/yahoo, as text with a label; O-LoRA's sequences need it among the classification tasks.
-    "textcl/yahoo_topics": _jsonl(
-        "trace500", "yahoo", "train valid=eval test", fields={"text": "prompt", "label": "answer"}
+    "textcl/yahoo_topics": replace(
+        _jsonl("trace500", "yahoo", "train valid=eval test", fields={"text": "prompt", "label": "answer"}),
+        same_lines=2,  # what to do, and the ten options
     ),
     "trace/fomc": _jsonl("trace", "fomc"),
     "trace/c_stance_a": _jsonl("trace", "c_stance_a"),
@@ -196,6 +199,8 @@ def read_named(name: str, how: Reading | None = None, part: str | None = None) -
         how: text settings and required fields; `fields` come from the table.
         part: a further part that stands for the training rows, e.g. `oos_train`.
 
+    Validation rows that are test rows too (all of trace500/yahoo, 16 of trace500/fomc) are left out.
+
     Raises:
         BadInput: the name is unknown, PERDURE_DATA is not set, or a file differs from the manifest.
     """
@@ -214,10 +219,25 @@ def read_named(name: str, how: Reading | None = None, part: str | None = None) -
     if entry.kind == "images":
         data = _read_images(full, paths, how)
     else:
-        rows = {split: read_rows(path, how, split) for split, path in paths.items()}
-        data = Splits(short, rows["train"], rows.get("test", ()), rows.get("valid", ()))
+        rows = {split: _without_head(read_rows(path, how, split), entry.same_lines) for split, path in paths.items()}
+        test: Rows = rows.get("test", ())
+        data = Splits(short, rows["train"], test, _untested(rows.get("valid", ()), test))
     digests = {relative: verified_digest(relative) for relative in files.values()}
     return replace(data, name=short, details={"files": digests})
+
+
+def _without_head(rows: Rows, lines: int) -> Rows:
+    """The rows without the first lines of their texts."""
+    if not lines:
+        return rows
+    return CheckedRows([{**row, "text": row["text"].split("\n", lines)[lines]} for row in rows])
+
+
+def _untested(valid: Rows, test: Rows) -> Rows:
+    """Validation rows without those that are test rows too: who tunes on such a row tunes on the test."""
+    tested = {tuple(sorted(row.items())) for row in test}
+    kept = [row for row in valid if tuple(sorted(row.items())) not in tested]
+    return valid if len(kept) == len(valid) else CheckedRows(kept)
 
 
 def verified_digest(relative: str) -> str:
