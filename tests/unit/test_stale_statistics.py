@@ -209,12 +209,21 @@ def test_rows_in_the_buffer_renew_old_means() -> None:
     assert head.counts.sum() == 16
 
 
-def test_no_more_rows_are_compared_than_asked_for() -> None:
-    made = cases.experiences("bert", 3, rows=8)
-    learner = build({"lora": {"rank": 2}}, head={"slda": RECENTRE})
-    for experience in made:
+def test_no_more_rows_are_compared_than_asked_for_and_the_same_before_and_after() -> None:
+    made, compared = cases.experiences("bert", 3, rows=12), []
+    learner = build({"lora": {"rank": 2}}, head={"slda": RECENTRE}, learning_rate=0.05)
+    learner.learn(made[0])
+    head: Any = learner.head
+    plain = head.recentre
+    head.recentre = lambda after: compared.append((head.before, after)) or plain(after)
+    for experience in made[1:]:
+        old = learner.features(experience.train)
         learner.learn(experience)
-    assert (learner.counters.extra_passes, learner.counters.extra_rows) == (3 + 2 * 2, 24 + 2 * 2 * 6)
+        new, (before, after) = learner.features(experience.train), compared[-1]
+        chosen = torch.cdist(before, old).argmin(1)  # which rows these are
+        assert len(before) == 6 and torch.allclose(before, old[chosen], atol=1e-5)
+        assert torch.allclose(after, new[chosen], atol=1e-5) and not torch.allclose(after, before, atol=1e-2)
+    assert (learner.counters.extra_passes, learner.counters.extra_rows) == (3 + 2 * 2, 36 + 2 * 2 * 6)
 
 
 def test_nothing_is_compared_where_nothing_moves() -> None:
