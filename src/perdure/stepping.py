@@ -171,7 +171,11 @@ class Stepping(Passes):
             for number in replace(plan, rank=rank).micro_batches(self.position.step, order)[self._micro]
             if number >= 0
         ]
-        return self._transformed(take(self._rows, numbers)), numbers
+        return self.rows_of(numbers), numbers
+
+    def rows_of(self, numbers: list[int]) -> list[Row]:
+        """Training rows of the current experience by number, as a batch has them."""
+        return self._transformed(take(self._rows, numbers))
 
     # ---- one step
     def _step(self, micro_batches: list[Batch], plan: Plan, logged: bool) -> dict[str, float]:
@@ -265,7 +269,8 @@ class Stepping(Passes):
             return {name: float(value) for name, value in log.items()}
         names = sorted(log)
         values = self.accelerator.reduce(torch.stack([log[name].double() for name in names]), "sum")
-        return dict(zip(names, values.tolist(), strict=True))
+        found = dict(zip(names, values.tolist(), strict=True))
+        return {name: found[name] for name in log}  # in the order that one process has
 
     # ---- masks
     def _classes_of(self, micro_batches: list[Batch]) -> Tensor | None:

@@ -35,6 +35,10 @@ SETTINGS: dict[str, Any] = {
     "codyra": {"codyra": {"rank": 3, "threshold": 0.3, "gate_learning_rate": 0.02}},
     "random_prune": {"random_prune": {"rank": 3, "kept_rank": 1.5}},
     "er": {"er": {"budget": 12, "per_step": 4}},
+    "derpp": {"derpp": {"budget": 12, "per_step": 4}},
+    "agem": {"agem": {"budget": 12, "per_step": 6}},
+    "pcr": {"pcr": {"budget": 12, "per_step": 4}},
+    "moe_adapters": {"moe_adapters": {"experts": 3, "rank": 4}},
     "seta": {"seta": {"density": 0.05, "gate_layer": 1, "prompt_tokens": 4, "draws": 8, "smallest": 4}},
     "joint": [{"lora": {"rank": 2}}, "joint"],
 }
@@ -50,6 +54,7 @@ VARIANTS: dict[str, Any] = {
         {"er": {"budget": 12, "per_step": 4}},
     ],
     "moram+er": [{"moram": {"rank": 2, "top_k": 2}}, {"er": {"budget": 12, "per_step": 4}}],
+    "lora+derpp": [{"lora": {"rank": 2}}, {"derpp": {"budget": 12, "per_step": 4}}],
     "apn-in-place": {"apn": {**PATCHES, "place": "replace", "train": "patches+prototypes", "pretrain": {}}},
     "apn-everything": {"apn": {**PATCHES, "train": "all", "row_wise": False}},
     "lora-pretrained": {"lora": {"rank": 2, "pretrain": {"weight_decay": 0.1}}},

@@ -28,6 +28,8 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "seta": ({"seta": {"density": 0.1, "gate_layer": 0, "smallest": 2, "draws": 4}}, "cosine"),
     "joint": ([{"lora": {"rank": 2}}, "joint"], "cosine"),
     "er": ({"er": {"budget": 9, "per_step": 3}}, "cosine"),
+    "agem": ({"agem": {"budget": 9, "per_step": 3}}, "cosine"),
+    "derpp": ({"derpp": {"budget": 9, "per_step": 3}}, "linear"),
     "moram": ({"moram": MORAM}, "cosine"),
     "moram-growing": ({"moram": {**MORAM, "grow_every": 4}}, "cosine"),
     "moram-protected+ridge": ({"moram": {**MORAM, "protect": {"inputs": 0.5}}}, {"ridge": {"features": 32}}),
