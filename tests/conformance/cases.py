@@ -38,7 +38,6 @@ SETTINGS: dict[str, Any] = {
     "derpp": {"derpp": {"budget": 12, "per_step": 4}},
     "agem": {"agem": {"budget": 12, "per_step": 6}},
     "pcr": {"pcr": {"budget": 12, "per_step": 4}},
-    "moe_adapters": {"moe_adapters": {"experts": 3, "rank": 4}},
     "seta": {"seta": {"density": 0.05, "gate_layer": 1, "prompt_tokens": 4, "draws": 8, "smallest": 4}},
     "joint": [{"lora": {"rank": 2}}, "joint"],
 }
@@ -55,6 +54,7 @@ VARIANTS: dict[str, Any] = {
     ],
     "moram+er": [{"moram": {"rank": 2, "top_k": 2}}, {"er": {"budget": 12, "per_step": 4}}],
     "lora+derpp": [{"lora": {"rank": 2}}, {"derpp": {"budget": 12, "per_step": 4}}],
+    "lora+pcr-holistic": [{"lora": {"rank": 2}}, {"pcr": {"budget": 12, "per_step": 4, "holistic": {}}}],
     "apn-in-place": {"apn": {**PATCHES, "place": "replace", "train": "patches+prototypes", "pretrain": {}}},
     "apn-everything": {"apn": {**PATCHES, "train": "all", "row_wise": False}},
     "lora-pretrained": {"lora": {"rank": 2, "pretrain": {"weight_decay": 0.1}}},
@@ -218,4 +218,5 @@ def without_dropout(spec: Any) -> Any:
         return [without_dropout(one) for one in spec]
     if not isinstance(spec, dict):
         return spec
-    return {name: {k: v for k, v in settings.items() if k != "dropout"} for name, settings in spec.items()}
+    off = {"dropout": 0.0, "noise": False}
+    return {name: {k: off.get(k, v) for k, v in settings.items()} for name, settings in spec.items()}

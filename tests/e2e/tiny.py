@@ -30,6 +30,7 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "er": ({"er": {"budget": 9, "per_step": 3}}, "cosine"),
     "agem": ({"agem": {"budget": 9, "per_step": 3}}, "cosine"),
     "derpp": ({"derpp": {"budget": 9, "per_step": 3}}, "linear"),
+    "pcr": ({"pcr": {"budget": 9, "per_step": 3, "holistic": {}}}, "cosine"),
     "moram": ({"moram": MORAM}, "cosine"),
     "moram-growing": ({"moram": {**MORAM, "grow_every": 4}}, "cosine"),
     "moram-protected+ridge": ({"moram": {**MORAM, "protect": {"inputs": 0.5}}}, {"ridge": {"features": 32}}),
