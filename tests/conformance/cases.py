@@ -38,6 +38,7 @@ SETTINGS: dict[str, Any] = {
     "derpp": {"derpp": {"budget": 12, "per_step": 4}},
     "agem": {"agem": {"budget": 12, "per_step": 6}},
     "pcr": {"pcr": {"budget": 12, "per_step": 4}},
+    "moe_adapters": {"moe_adapters": {"experts": 2, "rank": 4, "noise": True, "dropout": 0.1}},
     "seta": {"seta": {"density": 0.05, "gate_layer": 1, "prompt_tokens": 4, "draws": 8, "smallest": 4}},
     "joint": [{"lora": {"rank": 2}}, "joint"],
 }
@@ -54,6 +55,7 @@ VARIANTS: dict[str, Any] = {
     ],
     "moram+er": [{"moram": {"rank": 2, "top_k": 2}}, {"er": {"budget": 12, "per_step": 4}}],
     "lora+derpp": [{"lora": {"rank": 2}}, {"derpp": {"budget": 12, "per_step": 4}}],
+    "moe_adapters-freezing": {"moe_adapters": {"experts": 4, "rank": 3, "noise": True, "freeze": 1, "dropout": 0.1}},
     "lora+pcr-holistic": [{"lora": {"rank": 2}}, {"pcr": {"budget": 12, "per_step": 4, "holistic": {}}}],
     "apn-in-place": {"apn": {**PATCHES, "place": "replace", "train": "patches+prototypes", "pretrain": {}}},
     "apn-everything": {"apn": {**PATCHES, "train": "all", "row_wise": False}},

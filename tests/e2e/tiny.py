@@ -30,6 +30,8 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "er": ({"er": {"budget": 9, "per_step": 3}}, "cosine"),
     "agem": ({"agem": {"budget": 9, "per_step": 3}}, "cosine"),
     "derpp": ({"derpp": {"budget": 9, "per_step": 3}}, "linear"),
+    "moe_adapters": ({"moe_adapters": {"experts": 4, "rank": 2, "freeze": 1}}, "cosine"),
+    "moe_adapters-lm": ({"moe_adapters": {"rank": 2}}, None),
     "pcr": ({"pcr": {"budget": 9, "per_step": 3, "holistic": {}}}, "cosine"),
     "moram": ({"moram": MORAM}, "cosine"),
     "moram-growing": ({"moram": {**MORAM, "grow_every": 4}}, "cosine"),
