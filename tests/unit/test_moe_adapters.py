@@ -85,9 +85,9 @@ def test_first_real_token_decides_and_padding_does_not_matter() -> None:
     model: Any = cases.build_host("bert")[0]
     attach(model, {"moe_adapters": MOE})
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for number, (name, parameter) in enumerate(model.named_parameters()):
             if "moe_adapters" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
     ids, mask = torch.tensor([[5, 6, 7, 8]]), torch.ones(1, 4, dtype=torch.int64)
     positions = torch.arange(4)[None]
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), ids], 1)
