@@ -20,6 +20,9 @@ def check_list(methods: Sequence[Method]) -> None:
         owners = [method.name for method in methods if getattr(method, what) is not None]
         if len(owners) > 1:
             raise BadInput(f"method: {' and '.join(owners)} both own the {what}; keep one of them")
+    keeping = [method.name for method in methods if "rehearsal" in method.needs]
+    if len(keeping) > 1:
+        raise BadInput(f"method: {' and '.join(keeping)} both fill the one replay buffer; keep one of them")
     pretrain = [method.name for method in methods if getattr(method.config, "pretrain", None) is not None]
     if len(pretrain) > 1:
         raise BadInput(f"method: {' and '.join(pretrain)} both pretrain the host; say it at one of them")

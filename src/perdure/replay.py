@@ -221,6 +221,27 @@ class ReplayBuffer:
         self._seen_of, self._full = Counter(values["seen_of"]), set(values["full"])
 
 
+def pack(values: Tensor) -> Any:
+    """A float32 or float64 vector [n] as bytes [n, 4 or 8], so that it may be a field of a row; exact."""
+    import numpy as np
+
+    array = np.ascontiguousarray(values.detach().cpu().numpy())
+    return array.view(np.uint8).reshape(len(array), array.itemsize)
+
+
+def unpack(arrays: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """What `pack` made of several vectors: [rows, n] padded with zeros to the longest, and the length of each."""
+    import numpy as np
+    import torch
+
+    kinds = {4: np.float32, 8: np.float64}
+    vectors = [torch.from_numpy(each.reshape(-1).view(kinds[each.shape[1]]).copy()) for each in arrays]
+    lengths = torch.tensor([len(vector) for vector in vectors], dtype=torch.int64)
+    if not vectors:
+        return torch.zeros(0, 0), lengths
+    return torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True), lengths
+
+
 def row_bytes(row: Row) -> int:
     """Bytes of one row: its uint8 arrays, and its other fields as compact UTF-8 JSON."""
     import numpy as np

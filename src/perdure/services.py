@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .gathering import gather_rows, processes
 from .memory.observe import RouterLog, observing
 from .memory.protect import InputMoments
+from .replay import pack
 
 if TYPE_CHECKING:
     from .data import Batch, Output, Row, Rows
@@ -112,6 +114,11 @@ class Services:
         """Optimizer steps that the current experience takes in all."""
         return self._loop.steps_planned
 
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Everything that trains by gradient, by the names that `gradients` uses."""
+        return dict(self._loop.named_trainable())
+
     def rate(self, parameter: nn.Parameter) -> float:
         """The learning rate, schedule included, that the optimizer's last step took for `parameter`.
 
@@ -139,9 +146,25 @@ class Services:
         return self._loop.named_trainable()
 
     # ---- data
-    def remember(self, batch: Batch) -> None:
-        """Offers the batch's rows to the replay buffer; of several processes all rows, so that the buffers agree."""
-        self.replay.add(*self._loop.rows_everywhere(batch))
+    def remember(self, batch: Batch, **kept: Tensor) -> None:
+        """Offers the batch's rows to the replay buffer; of several processes all rows, so that the buffers agree.
+
+        `kept` [B, n] are vectors that each row takes along under that name (`replay.unpack` reads them); their bytes
+        count.
+        """
+        if not kept:
+            self.replay.add(*self._loop.rows_everywhere(batch))
+            return
+        assert batch.index is not None
+        numbers = gather_rows(batch.index.to(self.device), fill=-1)
+        chosen = (numbers >= 0).nonzero()[:, 0].tolist()  # neither rehearsed rows nor fillers
+        positions = numbers[chosen].tolist()
+        columns = {name: gather_rows(values.detach()).cpu() for name, values in kept.items()}
+        own = [batch.rows[i] for i in chosen] if processes() == 1 else self._loop.rows_of(positions)
+        rows = [
+            {**row, **{name: pack(c[i]) for name, c in columns.items()}} for i, row in zip(chosen, own, strict=True)
+        ]
+        self.replay.add(rows, positions)
 
     def extend(self, batch: Batch, rows: Sequence[Row]) -> Batch:
         """The batch with `rows` from the buffer appended and marked as rehearsed.
@@ -165,6 +188,10 @@ class Services:
         before = batch.rehearsed if batch.rehearsed is not None else torch.zeros(old, dtype=torch.bool)
         longer = joined(batch, more, pad)
         return replace(longer, rehearsed=torch.cat([before, torch.ones(len(mine), dtype=torch.bool)]))
+
+    def repeat(self, batch: Batch) -> Batch:
+        """The batch with its own rows once more, each augmented anew; the copies count as rehearsed."""
+        return self.extend(batch, self._loop.rows_everywhere(batch)[0])
 
     # ---- passes
     def capture(self, sites: Sequence[Site], rows: Rows) -> dict[str, InputMoments]:
@@ -236,7 +263,7 @@ class Services:
                 if loss is not None:
                     value = loss(batch, output)
                 else:
-                    summed, count = loop.objective.loss(batch, output, self._seen_classes(output))
+                    summed, count = self.loss_sum(batch, output)
                     value = summed / count.clamp(min=1)
                 found = torch.autograd.grad(value, [p for _, p in named], allow_unused=True)
         finally:
@@ -245,6 +272,19 @@ class Services:
         return {
             name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in zip(named, found, strict=True)
         }
+
+    def loss_sum(self, batch: Batch, output: Output) -> tuple[Tensor, Tensor]:
+        """The objective's summed loss of a batch and the number of rows or tokens in it; all classes seen compete."""
+        return self._loop.objective.loss(batch, output, self._seen_classes(output))
+
+    def loss_among(self, batch: Batch, output: Output) -> Tensor:
+        """The objective's mean loss over rows with a class, those of all processes together; all classes seen compete.
+
+        The same number in every process, so that it may be returned as a loss of the method's own.
+        """
+        assert batch.labels is not None
+        summed, _ = self._loop.objective.loss_among(batch, output, self._seen_classes(output))
+        return gather_rows(summed[None]).sum() / gather_rows((batch.labels != -100).sum()[None]).sum().clamp(min=1)
 
     def _seen_classes(self, output: Output) -> Tensor | None:
         """Heads may have rows for classes that were only declared; these never compete here."""

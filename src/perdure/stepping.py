@@ -171,7 +171,11 @@ class Stepping(Passes):
             for number in replace(plan, rank=rank).micro_batches(self.position.step, order)[self._micro]
             if number >= 0
         ]
-        return self._transformed(take(self._rows, numbers)), numbers
+        return self.rows_of(numbers), numbers
+
+    def rows_of(self, numbers: list[int]) -> list[Row]:
+        """Training rows of the current experience by number, as a batch has them."""
+        return self._transformed(take(self._rows, numbers))
 
     # ---- one step
     def _step(self, micro_batches: list[Batch], plan: Plan, logged: bool) -> dict[str, float]:

@@ -39,6 +39,10 @@ SETTINGS: dict[str, Any] = {
     "sd_lora": {"sd_lora": {"rank": 2}},
     "merge_lora": {"merge_lora": {"rank": 2, "dropout": 0.1}},
     "er": {"er": {"budget": 12, "per_step": 4}},
+    "derpp": {"derpp": {"budget": 12, "per_step": 4}},
+    "agem": {"agem": {"budget": 12, "per_step": 6}},
+    "pcr": {"pcr": {"budget": 12, "per_step": 4}},
+    "moe_adapters": {"moe_adapters": {"experts": 2, "rank": 4, "noise": True, "dropout": 0.1}},
     "seta": {"seta": {"density": 0.05, "gate_layer": 1, "prompt_tokens": 4, "draws": 8, "smallest": 4}},
     "ewc": {"ewc": {"strength": 10.0, "rows": 4}},
     "l2_anchor": {"l2_anchor": {"strength": 0.1}},
@@ -56,6 +60,9 @@ VARIANTS: dict[str, Any] = {
         {"er": {"budget": 12, "per_step": 4}},
     ],
     "moram+er": [{"moram": {"rank": 2, "top_k": 2}}, {"er": {"budget": 12, "per_step": 4}}],
+    "lora+derpp": [{"lora": {"rank": 2}}, {"derpp": {"budget": 12, "per_step": 4}}],
+    "moe_adapters-freezing": {"moe_adapters": {"experts": 4, "rank": 3, "noise": True, "freeze": 1, "dropout": 0.1}},
+    "lora+pcr-holistic": [{"lora": {"rank": 2}}, {"pcr": {"budget": 12, "per_step": 4, "holistic": {}}}],
     "apn-in-place": {"apn": {**PATCHES, "place": "replace", "train": "patches+prototypes", "pretrain": {}}},
     "apn-everything": {"apn": {**PATCHES, "train": "all", "row_wise": False}},
     "lora-pretrained": {"lora": {"rank": 2, "pretrain": {"weight_decay": 0.1}}},
@@ -227,4 +234,5 @@ def without_dropout(spec: Any) -> Any:
         return [without_dropout(one) for one in spec]
     if not isinstance(spec, dict):
         return spec
-    return {name: {k: v for k, v in settings.items() if k != "dropout"} for name, settings in spec.items()}
+    off = {"dropout": 0.0, "noise": False}
+    return {name: {k: off.get(k, v) for k, v in settings.items()} for name, settings in spec.items()}
