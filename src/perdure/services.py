@@ -157,6 +157,12 @@ class Services:
         return replace(longer, rehearsed=torch.cat([before, torch.ones(len(mine), dtype=torch.bool)]))
 
     # ---- passes
+    def count(self, rows: int, passes: int = 0) -> None:
+        """Counts rows of this process, and passes, that a method runs through the host beside the loop's own."""
+        loop = self._loop
+        loop.counters.extra_passes += passes
+        loop.counters.extra_rows += rows * loop.accelerator.num_processes
+
     def capture(self, sites: Sequence[Site], rows: Rows) -> dict[str, InputMoments]:
         """Second moments of layer inputs over real tokens, by site name.
 

@@ -36,6 +36,18 @@ SETTINGS: dict[str, Any] = {
     "random_prune": {"random_prune": {"rank": 3, "kept_rank": 1.5}},
     "er": {"er": {"budget": 12, "per_step": 4}},
     "seta": {"seta": {"density": 0.05, "gate_layer": 1, "prompt_tokens": 4, "draws": 8, "smallest": 4}},
+    "l2p": {"l2p": {"size": 4, "length": 2, "top_n": 2, "prompt_tokens": 4}},
+    "dual_prompt": {
+        "dual_prompt": {
+            "general_length": 2,
+            "general_layers": [0],
+            "expert_length": 2,
+            "expert_layers": [1],
+            "prompt_tokens": 4,
+        }
+    },
+    "coda_prompt": {"coda_prompt": {"components": 2, "length": 4, "orthogonality": 0.1, "prompt_tokens": 4}},
+    "single_prompt": {"single_prompt": {"length": 3}},
     "joint": [{"lora": {"rank": 2}}, "joint"],
 }
 # nothing trains before the last experience, or ever: there is no state from the middle of the second

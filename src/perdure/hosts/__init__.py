@@ -3,6 +3,8 @@
 from .blocks import Block, BlockAdapter, BlockFunction, Inserting, Insertion, Rest
 from .feed_forward import FeedForward, Replacement
 from .host import Host
+from .prefix import Prefix, PrefixAdapter
+from .query import QueryPass
 from .roles import GROUPS, ROLES
 from .sites import Handle, Site
 
@@ -17,6 +19,9 @@ __all__ = [
     "Host",
     "Inserting",
     "Insertion",
+    "Prefix",
+    "PrefixAdapter",
+    "QueryPass",
     "Replacement",
     "Rest",
     "Site",
