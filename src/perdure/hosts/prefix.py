@@ -73,8 +73,8 @@ def implementation(attention: nn.Module) -> str | None:
 class PrefixAdapter(Handle):
     """Lets maker(rows, tokens) put keys and values in front of a block's self-attention until `remove` is called.
 
-    The maker returns a `Prefix`, or None for none in this call; it is asked again in every call, with a KV cache too, and
-    must then give the same. Of several prefixes on one block the first added is nearest to the host's own keys.
+    The maker returns a `Prefix`, or None for none in this call; it is asked again in every call, with a KV cache too,
+    and must then give the same. Of several prefixes on one block the first added is nearest to the host's own keys.
     Every token sees the prefix, also in causal and sliding-window attention, unless `Prefix.seen` says less; attention
     weights that the host is asked to return include it. Works under "sdpa" and "eager".
 
@@ -106,7 +106,7 @@ def _attention_of(block: Block) -> nn.Module:
     found = implementation(attention)
     if not path or found is None or _eager(attention) is None:
         raise BadInput(
-            f"block {block.name!r}: keys and values can be put in front of the attention of transformers' models alone, "
+            f"block {block.name!r}: keys and values go in front of the attention of transformers' models alone, "
             f"found {type(block.module).__name__} without such an attention; use a method that inserts tokens"
         )
     if found not in _ABLE or getattr(attention, "reorder_and_upcast_attn", False):

@@ -75,8 +75,8 @@ def _owner(host: Host, tower: str) -> nn.Module:
         if {"input_ids", "pixel_values"} & set(inspect.signature(module.forward).parameters):
             return module
     raise BadInput(
-        f"model: {type(host.model).__name__} has no module that takes input_ids or pixel_values and holds the blocks, so "
-        "that no query can be taken before they run"
+        f"model: {type(host.model).__name__} has no module that takes input_ids or pixel_values and holds the blocks, "
+        "so that no query can be taken before they run"
     )
 
 

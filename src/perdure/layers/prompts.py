@@ -181,9 +181,6 @@ class StaticPrefix(nn.Module):
         self.P = nn.Parameter(start)
         self.choice = choice
 
-    def trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [("P", self.P)]
-
     def forward(self, rows: int, tokens: int) -> Prefix | None:
         if self.choice is not None and self.choice.away:
             return None

@@ -55,8 +55,8 @@ class PrefixMethod(Method):
         if not blocks and layers is None:
             depth = max(block.layer for block in host.blocks()) + 1
             raise BadInput(
-                f"method.{self.name}.{field}: the default {list(default)} names no block of {type(host.model).__name__}, "
-                f"which has {depth}, counted from 0; name blocks"
+                f"method.{self.name}.{field}: the default {list(default)} names no block of "
+                f"{type(host.model).__name__}, which has {depth}, counted from 0; name blocks"
             )
         return blocks
 
@@ -139,8 +139,8 @@ class QueriedMethod(PrefixMethod):
         asked = next((name for name in names if hasattr(type(model), name)), "")
         if asked and getattr(model, asked):
             raise BadInput(
-                f"model: gradient checkpointing computes blocks again without the query, which method {self.name} cannot "
-                "honour; switch it off (gradient_checkpointing_disable)"
+                f"model: gradient checkpointing computes blocks again without the query, which method {self.name} "
+                "cannot honour; switch it off (gradient_checkpointing_disable)"
             )
         mine = {id(p) for module in self.modules.values() for p in module.parameters()}
         for name, parameter in model.named_parameters():

@@ -16,15 +16,16 @@ In each of the first five blocks, with the frozen host's feature q(x) from a pas
 There is no choice of task: all components answer, so what is new can still change old inputs' prompts. Old components
 are buffers, so neither momentum nor decay moves them.
 
-Stored: an experience adds `components` (2 D + L_p W) numbers a block. Cost: a second forward pass for the query, in training
-and in use (counted for training, `extra_rows`); M (2 D + L_p W) multiply-adds a row and block; n more keys. Needs
-boundaries in training, no task id at test. Removal: rollback: later components were trained beside the earlier ones.
+Stored: an experience adds `components` (2 D + L_p W) numbers a block. Cost: a second forward pass for the query, in
+training and in use (counted for training, `extra_rows`); M (2 D + L_p W) multiply-adds a row and block; n more keys.
+Needs boundaries in training, no task id at test. Removal: rollback; later components were trained beside earlier ones.
 
 Deviations: the authors' pool of M = 100 is split among a known number of experiences; here every experience brings
-`components`, 10 as 100 over ten experiences. New rows are of unit length and orthogonal to the old ones (a least-squares
-basis, as trained rows are no longer orthogonal) where the dimension has room, else random. The released code takes the
-mean of the penalty's entries times 1e-6; the formula above is the sum. INFERRED: everything on hosts other than ViT, see
-`_queried.py`; prefix keys take no rotary position and no norm, see `hosts/prefix.py`.
+`components`, 10 as 100 over ten experiences. New rows are of unit length and orthogonal to the span of the old ones
+(trained rows are no longer orthogonal to each other) where the dimension has room, else random; the stored version of
+the code makes all 100 orthogonal at once. It takes the mean of the penalty's entries times 1e-6; the formula above is
+the sum. INFERRED: everything on hosts other than ViT, see `_queried.py`; prefix keys take no rotary position and no
+norm, see `hosts/prefix.py`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 @register("coda_prompt")
 class CODAPrompt(QueriedMethod):
-    """CODA-Prompt: prefixes as attention-weighted sums of components; each experience adds some, old ones stand still."""
+    """CODA-Prompt: prefixes as weighted sums of components; each experience adds some, old ones stand still."""
 
     class Config(QueryConfig):
         components: int = Field(10, ge=1)

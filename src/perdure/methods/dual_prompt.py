@@ -1,7 +1,7 @@
 """DualPrompt: general prompts in the first blocks, one expert prompt per experience in the next, by prefix tuning.
 
-Wang et al., "DualPrompt: Complementary Prompting for Rehearsal-free Continual Learning", ECCV 2022 (citation from memory;
-the paper was not at hand, formulas follow the authors' code, google-research/l2p, and its PyTorch ports).
+Wang et al., "DualPrompt: Complementary Prompting for Rehearsal-free Continual Learning", ECCV 2022 (citation from
+memory; the paper was not at hand, formulas follow the authors' code, google-research/l2p, and its PyTorch ports).
 
     h^l      = softmax(q [P_K; K]ᵀ / √d) [P_V; V]        P = g^l in the general blocks, e_t^l in the expert blocks
     training t = the current experience
@@ -20,12 +20,12 @@ anew. Rows in training take the current expert without asking the key, so rehear
 learnt with the wrong expert: refused.
 
 Stored: 2 n_g W a general block; an experience adds 2 n_e W an expert block and D. Cost: a second forward pass for the
-query, in training and in use (counted for training, `extra_rows`), n more keys in the chosen blocks. Needs boundaries in
-training, no task id at test. Removal: rollback; general prompts have no single owner.
+query, in training and in use (counted for training, `extra_rows`), n more keys in the chosen blocks. Needs boundaries
+in training, no task id at test. Removal: rollback; general prompts have no single owner.
 
 Deviations: choice by row, where the authors' config votes over the batch (see `l2p`). Each half of a prompt has n rows
-("length 5" in the authors' code is 5 keys and 5 values; CODA-Prompt's port halves it). Keys start as U(−1, 1), prompts as
-U[0, 0.01). Prefix keys take no rotary position and no norm, see `hosts/prefix.py`. One key per experience for all
+("length 5" in the authors' code is 5 keys and 5 values; CODA-Prompt's port halves it). Keys start as U(−1, 1), prompts
+as U[0, 0.01). Prefix keys take no rotary position and no norm, see `hosts/prefix.py`. One key per experience for all
 blocks, as in the authors' code.
 Defaults: general 5 rows in blocks 0, 1; expert 5 rows in blocks 2 to 4 (the paper has 20, from memory); λ 1.0 (authors'
 config and mammoth; PILOT 0.1). INFERRED: everything on hosts other than ViT, see `_queried.py`.
@@ -42,9 +42,6 @@ from ._method import register
 from ._queried import QueriedMethod, QueryConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..data import Batch, Output
     from ..hosts import Host
     from ..streams import Experience
 
@@ -75,7 +72,12 @@ class DualPrompt(QueriedMethod):
         from ..layers import ExpertKeys, ExpertPrefix, StaticPrefix
         from ..layers.prompts import fresh
 
-        config = self.config
+        config, loop = self.config, getattr(self, "loop", None)  # absent under the public `attach`
+        if loop is not None and loop.replay.samples:
+            raise BadInput(
+                "method.dual_prompt: rows of older experiences would be learnt with the current experience's expert; "
+                "list it without a method that rehearses or joins experiences, or take l2p or coda_prompt"
+            )
         self._handles = []
         general = self.chosen_blocks(host, "general_layers", (0, 1))
         expert = self.chosen_blocks(host, "expert_layers", (2, 3, 4))
@@ -121,11 +123,3 @@ class DualPrompt(QueriedMethod):
                 module.pool.freeze()
             elif isinstance(module, ExpertPrefix):
                 module.freeze()
-
-    def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        if batch.rehearsed is not None:
-            raise BadInput(
-                "method.dual_prompt: rehearsed rows would be learnt with the current experience's prompts; leave the "
-                "rehearsal out, or take l2p or coda_prompt"
-            )
-        return super().losses(batch, output)

@@ -1,7 +1,7 @@
 """L2P: learning to prompt, a pool of prompts that a query of the frozen host chooses from.
 
-Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022 (citation from memory; the paper was not at hand, the
-formulas are those of the authors' code, google-research/l2p, models/prompt.py).
+Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022 (citation from memory; the paper was not at hand,
+the formulas are those of the authors' code, google-research/l2p, models/prompt.py).
 
     q        = feature of the frozen host for x, from a pass without prompts      the class token in a ViT
     S(x)     = the N of M items with the largest cos(q, k_m)
@@ -17,18 +17,18 @@ The authors' code gives all rows of a batch, at test too, the N prompts chosen m
 prediction then depends on the rows beside it, and where a batch holds one class or task it leaks that. So it is off;
 `vote: true` has it.
 
-Stored: M (D + L_p D) numbers, whatever the number of experiences. Cost: a second forward pass for the query, in training
-and in use (counted in the report for training, `extra_rows`), and N L_p more tokens in every block. Removal: rollback;
-prompts have no single owner. Prompts that are not chosen have no gradient, but Adam's momentum may move them still, as
-in the authors' code; there is no weight decay.
+Stored: M (D + L_p D) numbers, whatever the number of experiences. Cost: a second forward pass for the query, in
+training and in use (counted in the report for training, `extra_rows`), and N L_p more tokens in every block. Removal:
+rollback; prompts have no single owner. Prompts that are not chosen have no gradient, but Adam's momentum may move them
+still, as in the authors' code; there is no weight decay.
 
 Deviations: features go to the head as they do under every other method, where the authors' head reads the mean of the
-prompts' outputs: heads are to be the same across methods. Prompts have no position embedding; under rotary positions they
-stand where a row's first token does. Keys start as U(−1, 1) as in the PyTorch ports, prompts as U[0, 0.01) as in the
+prompts' outputs: heads are to be the same across methods. Prompts have no position embedding; under rotary positions
+they stand where a row's first token does. Keys start as U(−1, 1) as in the PyTorch ports, prompts as U[0, 0.01) as in the
 authors' code. M, L_p, N and λ are the ports' (10, 5, 5, 0.1); the authors' CIFAR-100 config has 10, 10, 4 and 1.0.
 The rate of the authors' code is 0.03 B / 256 with Adam and clipping at 1.
-INFERRED: everything on hosts other than ViT: the host's own pooled feature as the query (mean for BERT's kin, last token
-for decoders), and in language models the query of the first `prompt_tokens` tokens, see `_queried.py`.
+INFERRED: everything on hosts other than ViT: the host's own pooled feature as the query (mean for BERT's kin, last
+token for decoders), and in language models the query of the first `prompt_tokens` tokens, see `_queried.py`.
 """
 
 from __future__ import annotations
