@@ -58,7 +58,7 @@ class CODAPrompt(QueriedMethod):
         layers: list[int] | None = Field(None, min_length=1)
         """Blocks that take a prompt; the first five when absent (authors' code)."""
         orthogonality: float = Field(0.0, ge=0)
-        """μ; 0 for none, which the authors' configs have beside the orthogonal start."""
+        """μ; 0 for none, as newer scripts of the authors have it with an orthogonal start; an older one has 0.1."""
 
         @field_validator("length")
         @classmethod

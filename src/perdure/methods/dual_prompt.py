@@ -56,7 +56,7 @@ class DualPrompt(QueriedMethod):
         general_layers: list[int] | None = None
         """Blocks of the general prompts; 0 and 1 when absent (authors' config). An empty list takes none."""
         expert_length: int = Field(5, ge=1)
-        """n_e, keys and values of an expert prompt. Authors' config: 5; paper: 20, from memory."""
+        """n_e, keys and values of an expert prompt. Authors' CIFAR-100 config: 5; paper: 20, from memory."""
         expert_layers: list[int] | None = Field(None, min_length=1)
         """Blocks of the expert prompts; 2, 3 and 4 when absent (authors' config)."""
         key_weight: float = Field(1.0, ge=0)

@@ -24,8 +24,8 @@ still, as in the authors' code; there is no weight decay.
 
 Deviations: features go to the head as they do under every other method, where the authors' head reads the mean of the
 prompts' outputs: heads are to be the same across methods. Prompts have no position embedding; under rotary positions
-they stand where a row's first token does. Keys start as U(−1, 1) as in the PyTorch ports, prompts as U[0, 0.01) as in the
-authors' code. M, L_p, N and λ are the ports' (10, 5, 5, 0.1); the authors' CIFAR-100 config has 10, 10, 4 and 1.0.
+they stand where a row's first token does. Keys start as U(−1, 1) as in the PyTorch ports, prompts as U[0, 0.01) as in
+the authors' code. M, L_p, N and λ are the ports' (10, 5, 5, 0.1); the authors' CIFAR-100 config has 10, 10, 4 and 1.0.
 The rate of the authors' code is 0.03 B / 256 with Adam and clipping at 1.
 INFERRED: everything on hosts other than ViT: the host's own pooled feature as the query (mean for BERT's kin, last
 token for decoders), and in language models the query of the first `prompt_tokens` tokens, see `_queried.py`.

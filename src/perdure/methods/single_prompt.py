@@ -1,7 +1,8 @@
 """SinglePrompt: one prefix in early blocks, the same for every input, that every experience trains.
 
-"SinglePrompt", arXiv 2604.04420 (title and authors not at hand); formulas and defaults from its public code
-(efficient-learning-lab/SinglePrompt), the paper was not read. In each of the first five blocks l
+Park, Lee, Lee, "Is Prompt Selection Necessary for Task-Free Online Continual Learning?", CVPR Findings 2026, arXiv
+2604.04420. The paper was not at hand; formulas and defaults are those of its public code
+(efficient-learning-lab/SinglePrompt). In each of the first five blocks l
 
     h = softmax(q [P_K^l; K]ᵀ / √d) [P_V^l; V]
 
