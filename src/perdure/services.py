@@ -194,6 +194,12 @@ class Services:
         return self.extend(batch, self._loop.rows_everywhere(batch)[0])
 
     # ---- passes
+    def count(self, rows: int, passes: int = 0) -> None:
+        """Counts rows of this process, and passes, that a method runs through the host beside the loop's own."""
+        loop = self._loop
+        loop.counters.extra_passes += passes
+        loop.counters.extra_rows += rows * loop.accelerator.num_processes
+
     def capture(self, sites: Sequence[Site], rows: Rows) -> dict[str, InputMoments]:
         """Second moments of layer inputs over real tokens, by site name.
 

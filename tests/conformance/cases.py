@@ -46,6 +46,18 @@ SETTINGS: dict[str, Any] = {
     "seta": {"seta": {"density": 0.05, "gate_layer": 1, "prompt_tokens": 4, "draws": 8, "smallest": 4}},
     "ewc": {"ewc": {"strength": 10.0, "rows": 4}},
     "l2_anchor": {"l2_anchor": {"strength": 0.1}},
+    "l2p": {"l2p": {"size": 4, "length": 2, "top_n": 2, "prompt_tokens": 4}},
+    "dual_prompt": {
+        "dual_prompt": {
+            "general_length": 2,
+            "general_layers": [0],
+            "expert_length": 2,
+            "expert_layers": [1],
+            "prompt_tokens": 4,
+        }
+    },
+    "coda_prompt": {"coda_prompt": {"components": 2, "length": 4, "orthogonality": 0.1, "prompt_tokens": 4}},
+    "single_prompt": {"single_prompt": {"length": 3}},
     "joint": [{"lora": {"rank": 2}}, "joint"],
 }
 # nothing trains before the last experience, or ever: there is no state from the middle of the second

@@ -48,7 +48,7 @@ def learn(name: str, processes: int) -> dict[str, Any]:
     assert learner.accelerator.num_processes == processes, learner.accelerator.num_processes
     losses: list[float] = []
     for experience in made:
-        learner.learn(experience, on_step=lambda _, seen: losses.extend(seen.values()))
+        learner.learn(experience, on_step=lambda _, seen: losses.extend(seen[name] for name in sorted(seen)))
     logits = cases.outputs(learner, made)
     return {"losses": losses, "logits": logits.tolist(), "samples": [learner.counters.samples]}
 

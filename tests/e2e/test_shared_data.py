@@ -40,7 +40,9 @@ TESTED = {"trace500/yahoo": 100, "textcl/yahoo_topics": 100, "trace500/fomc": 16
 @pytest.mark.parametrize("name", [name for name, entry in NAMED.items() if entry.kind in ("text", "pairs")])
 def test_no_validation_row_is_a_test_row(name):
     rows, _ = split_rows(name)
-    said = {split: {json.dumps(dict(row), sort_keys=True) for row in rows.get(split, ())} for split in ("valid", "test")}
+    said = {
+        split: {json.dumps(dict(row), sort_keys=True) for row in rows.get(split, ())} for split in ("valid", "test")
+    }
     assert not said["valid"] & said["test"]
 
 

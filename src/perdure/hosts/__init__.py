@@ -3,6 +3,8 @@
 from .blocks import Adding, Block, BlockAdapter, BlockFunction, Inserting, Insertion, Rest
 from .feed_forward import FeedForward, Replacement
 from .host import Host
+from .prefix import Prefix, PrefixAdapter
+from .query import QueryPass
 from .roles import GROUPS, ROLES
 from .sites import Handle, Site
 
@@ -18,6 +20,9 @@ __all__ = [
     "Host",
     "Inserting",
     "Insertion",
+    "Prefix",
+    "PrefixAdapter",
+    "QueryPass",
     "Replacement",
     "Rest",
     "Site",

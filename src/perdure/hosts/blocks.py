@@ -7,6 +7,7 @@ of its output.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from . import caches, masks
+from . import caches, masks, prefix
 from .roles import PREFIX
 from .sites import Handle, check_key
 
@@ -33,11 +34,16 @@ class Insertion:
         hidden: [B, T + count, D], the inserted tokens at index 0 ("front") or 1 ("after_first", after a CLS token).
         count: inserted tokens n; 0 for none.
         where: the place. In causal hosts "front" is seen by all real tokens, "after_first" by all but the first.
+        seen: bool [B, T]; only these of the host's own tokens see the inserted ones. None for all.
+        leaving: is given what the block makes of the inserted tokens [B, count, D] before they are taken out, so that a
+            function on the next block can put it in there.
     """
 
     hidden: Tensor
     count: int
     where: Where = "front"
+    seen: Tensor | None = None
+    leaving: Callable[[Tensor], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,7 @@ def _parameters(block_class: type[nn.Module]) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind in kinds)
 
 
-class _Call:
+class Call:
     """The arguments of one call, by name. What came by position stays there: reentrant checkpointing needs that."""
 
     def __init__(self, block_class: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]):
@@ -224,6 +230,11 @@ class _Call:
             self.args[index] = value
         else:
             self.kwargs[name] = value
+
+    def copy(self) -> Call:
+        made = copy.copy(self)
+        made.args, made.kwargs = list(self.args), dict(self.kwargs)
+        return made
 
     def everything(self) -> dict[str, Any]:
         return {**dict(zip(self.names, self.args, strict=False)), **self.kwargs}
@@ -257,7 +268,7 @@ class _Runner:
             return self._forward(*args, **kwargs)
         name = self.names[level]
         key = name.removeprefix(PREFIX)
-        call = _Call(type(self.module), args, kwargs)
+        call = Call(type(self.module), args, kwargs)
         hidden = call.get(call.names[0])
         batch, tokens = hidden.shape[:2]
         cache_name, cache = self._cache(call)
@@ -279,7 +290,7 @@ class _Runner:
                 call.set(cache_name, caches.View(cache, self.cache_layer, key, None))
         elif count:
             self._check_insertion(call)
-            call.set("attention_mask", masks.insert(call.get("attention_mask"), real, count, at, causal))
+            call.set("attention_mask", masks.insert(call.get("attention_mask"), real, count, at, causal, made.seen))
             _extend_positions(call, real, count, at)
             real = None if real is None else caches.between(real, real.new_ones(batch, count), at, 1)
             if cache is not None:
@@ -290,11 +301,13 @@ class _Runner:
         output = self._run(level + 1, tuple(call.args), call.kwargs, real)
         if not count:
             return output
+        if made.leaving is not None:
+            made.leaving((output[0] if isinstance(output, tuple) else output).narrow(1, at, count))
         if isinstance(output, tuple):
             return (caches.without(output[0], at, count, 1), *output[1:])
         return caches.without(output, at, count, 1)
 
-    def _cache(self, call: _Call) -> tuple[str, Any]:
+    def _cache(self, call: Call) -> tuple[str, Any]:
         for name in _CACHES:
             cache = call.get(name)
             if cache is None:
@@ -307,9 +320,8 @@ class _Runner:
             return name, cache
         return "", None
 
-    def _check_insertion(self, call: _Call) -> None:
-        config = getattr(self.module.get_submodule(self.attention), "config", None)
-        found = getattr(config, "_attn_implementation", None) or "eager"
+    def _check_insertion(self, call: Call) -> None:
+        found = prefix.implementation(self.module.get_submodule(self.attention)) or "eager"
         if found not in ("sdpa", "eager"):
             raise BadInput(
                 f"attn_implementation: tokens can be inserted under 'sdpa' and 'eager', found {found!r}; "
@@ -326,6 +338,11 @@ def _attention(module: nn.Module, layer: int) -> tuple[str, int]:
             index = getattr(part, "layer_idx", None)
             return name, layer if index is None else int(index)
     return "", layer
+
+
+def attention_path(module: nn.Module) -> str:
+    """Path of a block's self-attention inside it; "" where none is found."""
+    return _attention(module, 0)[0]
 
 
 def is_causal(module: nn.Module) -> bool:
@@ -349,7 +366,7 @@ def _checked(made: Any, hidden: Tensor, key: str) -> Insertion:
     return made
 
 
-def _extend_positions(call: _Call, real: Tensor | None, count: int, at: int) -> None:
+def _extend_positions(call: Call, real: Tensor | None, count: int, at: int) -> None:
     """Gives inserted tokens the position id and the rotary table row of their row's first real token."""
 
     def extended(table: Tensor) -> Tensor:

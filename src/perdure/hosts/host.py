@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import BadInput
 from . import blocks as _blocks
 from . import feed_forward as _feed_forward
+from . import prefix as _prefix
 from . import sites as _sites
 from .blocks import Block
 from .feed_forward import FeedForward
@@ -234,7 +235,7 @@ class Host:
 
     # ---- what perdure put in
     def attached(self) -> list[tuple[str, str]]:
-        """(path of the module, name of the submodule) of everything that `Site.add` and `BlockAdapter` put in."""
+        """(path of the module, name of the submodule) of everything that was put in."""
         return [
             (path, name)
             for path, module in self.model.named_modules()
@@ -250,7 +251,8 @@ class Host:
             if (path, name) in kept:
                 continue
             module = self.model.get_submodule(path)
-            (_blocks if name in _blocks.names(module) else _sites).strip(module, name)
+            room = next((room for room in (_blocks, _prefix) if name in room.names(module)), _sites)
+            room.strip(module, name)
 
     # ---- inside
     def _tower(self, name: str, path: str) -> Tower:

@@ -65,8 +65,8 @@ def _like(mask: Tensor, seen: Tensor, hidden: float | None = None) -> Tensor:
     return seen.expand(-1, mask.shape[1], -1, -1)
 
 
-def _columns(mask: Tensor, seen_by: Tensor, count: int) -> Tensor:
-    """Entries of n inserted keys for the host's own tokens: [B, T] -> [B, H, T, n].
+def columns(mask: Tensor, seen_by: Tensor, count: int) -> Tensor:
+    """Entries of n further keys for the host's own tokens: [B, T] -> [B, H, T, n].
 
     Minus infinity, not the lowest number: where a padding row is hidden from everything, its additive row is constant
     and attention averages over all keys, which must not come to include the inserted ones.
@@ -74,7 +74,9 @@ def _columns(mask: Tensor, seen_by: Tensor, count: int) -> Tensor:
     return _like(mask, seen_by[:, None, :, None].expand(-1, -1, -1, count), float("-inf"))
 
 
-def insert(mask: Tensor | None, real: Tensor | None, count: int, at: int, causal: bool) -> Tensor | None:
+def insert(
+    mask: Tensor | None, real: Tensor | None, count: int, at: int, causal: bool, seen: Tensor | None = None
+) -> Tensor | None:
     """The mask for T + n tokens, the n inserted ones standing at index `at` (0: in front; 1: after the first token).
 
     Inserted tokens are seen by every real token (causal, `at` 1: by all but the row's first real one), see one another
@@ -84,11 +86,18 @@ def insert(mask: Tensor | None, real: Tensor | None, count: int, at: int, causal
     Args:
         mask: as the host passes it, [B, H, T, K] with K >= T (a static cache has spare columns at the end).
         real: bool [B, T]; may be None where `mask` is None.
+        seen: bool [B, T]; of the real tokens only these see the inserted ones. None for all.
     """
-    if mask is None:
+    if mask is None and seen is None:
         return None  # no padding: full attention stays full, and causal attention goes by the order of the tokens
+    if mask is None:
+        assert seen is not None
+        mask = torch.ones(1, 1, seen.shape[1], seen.shape[1], dtype=torch.bool, device=seen.device)
+        mask, real = mask.tril() if causal else mask, torch.ones_like(seen)
     check(mask)
     if mask.ndim == 2:
+        if seen is not None:
+            raise BadInput("attention_mask: of shape [B, K] cannot hide inserted tokens; load with attn 'sdpa'")
         return torch.cat((mask[:, :at], mask.new_ones(mask.shape[0], count), mask[:, at:]), dim=1)
     assert real is not None
     batch, tokens = real.shape
@@ -100,11 +109,12 @@ def insert(mask: Tensor | None, real: Tensor | None, count: int, at: int, causal
     if causal:
         seen_by = real & (order[:tokens] >= first + at)
         sees = sees & (order < first + at)
+    seen_by = seen_by if seen is None else seen_by & seen
     among = torch.ones(count, count, dtype=torch.bool, device=mask.device)
     among = among.tril() if causal else among
 
-    columns = _columns(mask, seen_by, count)
-    old_rows = torch.cat((mask[..., :at], columns, mask[..., at:]), dim=-1)
+    inserted = columns(mask, seen_by, count)
+    old_rows = torch.cat((mask[..., :at], inserted, mask[..., at:]), dim=-1)
     sees = sees[:, None, None, :].expand(-1, -1, count, -1)
     among = among.expand(batch, 1, -1, -1)
     new_rows = _like(mask, torch.cat((sees[..., :at], among, sees[..., at:]), dim=-1))
@@ -120,4 +130,4 @@ def prepend(mask: Tensor | None, real: Tensor | None, count: int) -> Tensor | No
         return torch.cat((mask.new_ones(mask.shape[0], count), mask), dim=1)
     assert real is not None
     mask = mask.expand(real.shape[0], -1, real.shape[1], -1)
-    return torch.cat((_columns(mask, real, count), mask), dim=-1)
+    return torch.cat((columns(mask, real, count), mask), dim=-1)

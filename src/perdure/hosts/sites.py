@@ -73,6 +73,7 @@ def strip(module: nn.Module, name: str) -> None:
         for number, hook in list(hooks.items()):
             if isinstance(hook, Hook) and hook.name == name:
                 del hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
     module._modules.pop(name, None)
 
 

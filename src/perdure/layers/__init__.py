@@ -4,6 +4,7 @@ from .directions import Directions, Magnitudes
 from .linear import LinearMemory
 from .low_rank import LowRankBranches
 from .patches import PatchLayer
+from .prompts import Carry, ComponentPrefix, ExpertKeys, ExpertPrefix, Keep, PromptPool, PromptQuery, StaticPrefix
 from .retrieval import PARTS, AttentionPooler, RetrievedPrompts, StaticPrompts
 from .sparse_experts import SequenceGate, SparseExperts
 
@@ -11,12 +12,20 @@ __all__ = [
     "PARTS",
     "AttentionPooler",
     "Directions",
+    "Carry",
+    "ComponentPrefix",
+    "ExpertKeys",
+    "ExpertPrefix",
+    "Keep",
     "LinearMemory",
     "LowRankBranches",
     "Magnitudes",
     "PatchLayer",
+    "PromptPool",
+    "PromptQuery",
     "RetrievedPrompts",
     "SequenceGate",
     "SparseExperts",
+    "StaticPrefix",
     "StaticPrompts",
 ]
