@@ -114,11 +114,6 @@ class Services:
         """Optimizer steps that the current experience takes in all."""
         return self._loop.steps_planned
 
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Everything that trains by gradient, by the names that `gradients` uses."""
-        return dict(self._loop.named_trainable())
-
     def rate(self, parameter: nn.Parameter) -> float:
         """The learning rate, schedule included, that the optimizer's last step took for `parameter`.
 

@@ -33,7 +33,7 @@ def steps_of(learner: Any, made: Any) -> list[dict[str, Any]]:
         return noted[-1]["reference"]
 
     def after_backward() -> None:
-        trained = learner.services.trained
+        trained = dict(learner.services.trained())
         noted.append({"g": {n: p.grad.clone() for n, p in trained.items()}, "rows": []})
         noted[-1]["before"] = {n: p.detach().clone() for n, p in trained.items()}
         plain()
@@ -41,7 +41,7 @@ def steps_of(learner: Any, made: Any) -> list[dict[str, Any]]:
 
     def on_step(loop: Any, _: Any) -> None:
         noted[-1].update(
-            after={n: p.detach().clone() for n, p in loop.services.trained.items()},
+            after={n: p.detach().clone() for n, p in loop.services.trained()},
             experience=loop.position.experience,
         )
 

@@ -79,7 +79,7 @@ class AGEM(Method):
             return
         reference = self._reference(rows)
         with torch.no_grad():
-            trained = self.loop.trained
+            trained = dict(self.loop.trained())
             held = [(p.grad, reference[name]) for name, p in trained.items() if p.grad is not None]
             dot = torch.stack([(g.double() * r.double()).sum() for g, r in held]).sum()
             norm = torch.stack([r.double().square().sum() for r in reference.values()]).sum()
