@@ -139,6 +139,11 @@ def test_generation_keeps_the_choice_of_the_prompt(name, method):
     short = model.generate(prompt[1:, :2], attention_mask=mask[1:, :2], **options)
     assert short.shape == (1, 8)
     cache = model(input_ids=prompt[1:], use_cache=True).past_key_values
+    model(input_ids=prompt[1:].flip(1))  # the choice of other texts in between is not taken for this one's
+    with torch.no_grad():
+        later = model(input_ids=torch.tensor([[9, 4]]), past_key_values=cache).logits
+        whole = model(input_ids=torch.cat((prompt[1:], torch.tensor([[9, 4]])), 1), use_cache=False).logits
+    torch.testing.assert_close(later, whole[:, -2:], atol=1e-4, rtol=1e-4)
     with pytest.raises(BadInput, match="past_key_values: .*another number of rows"):
         model(input_ids=torch.tensor([[4], [5]]), past_key_values=cache)
 
