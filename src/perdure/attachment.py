@@ -61,8 +61,15 @@ class Original:
         self._modes = [(module, module.training) for module in host.model.modules()]
 
     def attach(self, method: Method) -> None:
+        """Attaches a method; what it brings is then in the mode of the model, training or evaluation."""
+        model = self.host.model
+        there = {id(module) for module in model.modules()}
         method.attach(self.host)
         self.methods.append(method)
+        own = (module for top in method.modules.values() for module in top.modules())
+        for module in (*model.modules(), *own):
+            if id(module) not in there:
+                module.training = model.training
 
     def restore(self, half_done: bool = False) -> None:
         """Takes the methods out, last first; with `half_done` also what a method left behind that failed midway."""

@@ -92,6 +92,19 @@ def test_attach_returns_the_same_object_and_detach_restores_it():
     detach(model)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", ["moram", "apn", "lora", "moe_adapters", "rwf"])
+def test_what_is_attached_is_in_the_mode_of_the_model(method, training):
+    model = build("BertModel").train(training)
+    there = set(model.modules())
+    attach(model, method)
+    brought = {module for module in model.modules() if module not in there}
+    brought |= {
+        module for each in attachment(model).methods for top in each.modules.values() for module in top.modules()
+    }
+    assert brought and {module.training for module in brought} == {training}
+
+
 def test_forms_of_a_method():
     mine = Adding(Adding.Config(scale=0.1))
     built = build_methods([mine, "adding_test", {"adding_test": {"scale": 0.2}}])

@@ -120,7 +120,7 @@ class MoEAdapters(Method):
                 place.in_features, place.out_features, experts=config.experts, rank=config.rank, top_k=config.top_k,
                 scale=config.scale, dropout=config.dropout, relu=config.activation == "relu", noisy=config.noise,
                 call=self._call, site=place.name, generator=None if loop is None else loop.generator,
-            ).to(place.sites[0].device).train(host.model.training)  # fmt: skip
+            ).to(place.sites[0].device)  # fmt: skip
             if config.router == "shared":
                 layer.add_router(SHARED)
             self.modules[place.name] = layer
