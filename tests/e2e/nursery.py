@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import perdure
+
 POINTS = ("update", "document", "rename", "growth", "evaluate", "steps")
 
 
@@ -29,11 +31,15 @@ class Done:
     output: str
 
 
+SOURCE = str(Path(perdure.__file__).parents[1])
+"""The code under test, in the children too: a checkout need not be the one that is installed."""
+
+
 class Nursery:
     """The test's end: starts the process, gives orders, waits for each."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SOURCE}
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
