@@ -156,7 +156,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> tuple[
     """A run of MoRAM with rehearsal and a ridge head, whole, and one killed behind a checkpoint in its middle."""
     folder = tmp_path_factory.mktemp("state")
     method = [{"moram": {**tiny.MORAM, "protect": {"inputs": 0.5}}}, {"er": {"budget": 9, "per_step": 3}}]
-    recipe = str(tiny.write_recipe(folder, method, {"ridge": {"features": 32}}))
+    probed = {"probe": {"every": 2, "rows": 3}}
+    recipe = str(tiny.write_recipe(folder, method, {"ridge": {"features": 32}}, protocol=probed))
     assert nursery.run(folder, "run", recipe, "output_dir=whole", "--no-progress").code == 0
     done = nursery.run(folder, "run", recipe, "output_dir=run", "--no-progress", at=(point("update", 9),))
     assert done.code == -9, done.output
