@@ -91,8 +91,10 @@ VARIANTS: dict[str, Any] = {
 }
 
 
-def build_host(name: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> tuple[torch.nn.Module, Any]:
-    """A fresh tiny model with weights that depend on its name alone, and its processor."""
+def build_host(
+    name: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0, pooler: bool = False
+) -> tuple[torch.nn.Module, Any]:
+    """A fresh tiny model with weights that depend on its name alone, and its processor; `pooler` for BERT alone."""
     import transformers as t
 
     torch.manual_seed(11)
@@ -108,7 +110,7 @@ def build_host(name: str, dtype: torch.dtype = torch.float32, dropout: float = 0
             t.BertConfig(
                 **text, max_position_embeddings=64, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
             ),
-            add_pooling_layer=False,
+            add_pooling_layer=pooler,
         )
     elif name == "vit":
         config = t.ViTConfig(
@@ -170,9 +172,10 @@ def build_learner(
     dtype: torch.dtype = torch.float32,
     dropout: float = 0.0,
     head: Any = None,
+    pooler: bool = False,
     **training: Any,
 ) -> Learner:
-    model, processor = build_host(host, dtype, dropout)
+    model, processor = build_host(host, dtype, dropout, pooler)
     limit = {"bert": {"max_length": 32}, "vit": {}, "clip": {"max_length": 32}}.get(host, {"block_size": 32})
     objective: Any = {OBJECTIVE[host]: limit}
     settings = {

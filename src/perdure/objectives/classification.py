@@ -171,6 +171,9 @@ class Classification(Objective):
         pooling = pooling or self.config.pooling
         if pooling == "auto":
             pooling = pooling_of(backbone, batch.inputs)
+        if getattr(host, "pooler_output", None) is not None:
+            # No loss reaches it, and several processes would wait for the pooler's gradient.
+            host["pooler_output"] = host.pooler_output.detach()
         features = pool(host.last_hidden_state, batch.inputs.get("attention_mask"), pooling)
         if self.config.normalize:
             features = features / features.norm(dim=-1, keepdim=True).clamp_min(1e-12)
