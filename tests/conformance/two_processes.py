@@ -43,8 +43,8 @@ def learn(name: str, processes: int) -> dict[str, Any]:
     head = HEADS.get(name.partition("/")[0].rpartition("+")[2])
     optimizer = {"optimizer": "adamw"} if "adamw" in name else {"optimizer": "sgd", "learning_rate": 0.02}
     learner = cases.build_learner(
-        host, cases.without_dropout(spec), dtype=torch.float64, head=head, pooler="pooler" in name, epochs=1, **optimizer,
-        per_device_train_batch_size=GLOBAL_BATCH // processes, logging_steps=1,
+        host, cases.without_dropout(spec), dtype=torch.float64, head=head, pooler="pooler" in name, epochs=1,
+        **optimizer, per_device_train_batch_size=GLOBAL_BATCH // processes, logging_steps=1,
     )  # fmt: skip
     assert learner.accelerator.num_processes == processes, learner.accelerator.num_processes
     losses: list[float] = []
