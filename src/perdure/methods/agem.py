@@ -55,7 +55,7 @@ class AGEM(Method):
         """Rows drawn for the reference gradient of every step. Ours, as `er`."""
 
     needs = frozenset({"rehearsal", "gradients"})
-    status = "verified"
+    status = "unverified"
     citation = "Chaudhry et al. 2019, Efficient Lifelong Learning with A-GEM"
 
     def requires_rehearsal(self) -> int:

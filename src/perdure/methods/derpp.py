@@ -61,7 +61,7 @@ class DarkExperienceReplay(Method):
         """Weight β of the cross-entropy on the second draw; 0 is DER. Published: 0.5."""
 
     needs = frozenset({"rehearsal"})
-    status = "verified"
+    status = "unverified"
     citation = "Buzzega et al. 2020, Dark Experience for General Continual Learning"
 
     def requires_rehearsal(self) -> int:

@@ -77,7 +77,7 @@ class EWC(Method):
             return self
 
     needs = frozenset({"boundaries", "gradients"})
-    status = "verified"
+    status = "unverified"
     citation = "Kirkpatrick et al. 2017; Schwarz et al. 2018"
 
     def attach(self, host: Host) -> None:

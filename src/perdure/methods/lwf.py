@@ -58,7 +58,7 @@ class LwF(Method):
         """T. Published: 2."""
 
     needs = frozenset({"old_model"})
-    status = "verified"
+    status = "unverified"
     citation = "Li & Hoiem 2016"
 
     def attach(self, host: Host) -> None:

@@ -94,7 +94,7 @@ class ProxyContrastiveReplay(Method):
         """HPCR; `{}` for its released settings."""
 
     needs = frozenset({"rehearsal"})
-    status = "verified"
+    status = "unverified"
     citation = "arXiv 2304.04408, arXiv 2309.15038"
 
     def requires_rehearsal(self) -> int:
