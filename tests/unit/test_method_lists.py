@@ -39,6 +39,12 @@ def test_two_methods_that_route_at_one_site_are_refused(one: str, other: str, si
             cases.build_learner("bert", spec(*names))
 
 
+@pytest.mark.parametrize("given", ["slca", ["ranpac", "er"]])
+def test_a_preset_where_only_methods_may_stand_is_told_as_one(given: Any) -> None:
+    with pytest.raises(BadInput, match="is a preset, which stands alone and in recipes only; .* method .*, head "):
+        cases.build_learner("bert", given)
+
+
 @pytest.mark.parametrize("names", [("lora", "finetune"), ("finetune", "lora")])
 def test_full_training_leaves_another_methods_adapter_to_it(names: tuple[str, str]) -> None:
     model, _ = cases.build_host("bert")
