@@ -100,6 +100,25 @@ def check_touched(methods: Sequence[Method]) -> None:
                 raise BadInput(f"method: {other} and {method.name} both overwrite {name}; keep one of them")
 
 
+def check_routing(methods: Sequence[Method]) -> None:
+    """Raises BadInput where two attached methods route at one site: their routings would be counted as one bank's."""
+    owners: dict[str, str] = {}
+    for method in methods:
+        sites = {
+            str(module.site)
+            for kept in method.modules.values()
+            for module in kept.modules()
+            if getattr(module, "reports_routing", False)
+        }
+        for site in sorted(sites):
+            other = owners.setdefault(site, method.name)
+            if other != method.name:
+                raise BadInput(
+                    f"method: {other} and {method.name} both route at {site}, where routings are counted under one "
+                    "name; give one of them other targets or layers, or keep one"
+                )
+
+
 def _one(registry: Registry, spec: Any, field: str) -> Any:
     pairs = registry.parse(spec, field)
     if len(pairs) > 1:

@@ -15,6 +15,7 @@ from .assembly import (
     as_labels,
     build_heads,
     check_combination,
+    check_routing,
     check_touched,
     choose_head,
     choose_objective,
@@ -145,6 +146,7 @@ class Loop(Stepping):
             item.loop = self.services
             self._original.attach(item)
         check_touched(self.methods)
+        check_routing(self.methods)
         self.system = System(self).to(self.device).eval()
         self._held = hold(self.model, self.methods)
 

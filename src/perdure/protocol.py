@@ -11,7 +11,7 @@ from .methods import Method
 
 
 def check_list(methods: Sequence[Method]) -> None:
-    """Raises BadInput where a method stands twice, or two own the criterion or the prediction."""
+    """Raises BadInput where a method stands twice, or two own the criterion or the prediction or exclude each other."""
     names = [method.name for method in methods]
     for name in names:
         if names.count(name) > 1:
@@ -20,6 +20,13 @@ def check_list(methods: Sequence[Method]) -> None:
         owners = [method.name for method in methods if getattr(method, what) is not None]
         if len(owners) > 1:
             raise BadInput(f"method: {' and '.join(owners)} both own the {what}; keep one of them")
+    for method in methods:
+        others = [other.name for other in methods if other.adapts and other is not method]
+        if method.adapts_alone and others:
+            raise BadInput(
+                f"method: {method.name} takes its query from the frozen host, and {' and '.join(others)} would adapt "
+                f"it too; keep {method.name} or {' and '.join(others)}"
+            )
     keeping = [method.name for method in methods if "rehearsal" in method.needs]
     if len(keeping) > 1:
         raise BadInput(f"method: {' and '.join(keeping)} both fill the one replay buffer; keep one of them")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import BadInput
+from .presets import PRESETS
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -88,6 +89,13 @@ class Registry:
         self._discover()
         name = self.aliases.get(name, name)
         if name not in self._classes:
+            preset = PRESETS.get(name) if self.kind == "methods" else None
+            if preset is not None:
+                told = ", ".join(f"{key} {value}" for key, value in preset.settings.items())
+                raise BadInput(
+                    f"{self.word}: {name!r} is a preset, which stands alone and in recipes only; here give what it "
+                    f"means: {told}"
+                )
             near = difflib.get_close_matches(name, self._classes, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(self.names())}"
             raise BadInput(f"{self.word}: {name!r} is unknown; {hint}")

@@ -297,11 +297,11 @@ class Run:
             self._save()
             raise
         self._keep(experience, probe)
-        if self.probing is not None:
+        self.evaluation_seconds += time.perf_counter() - started
+        if self.probing is not None:  # counts its own time
             self.probing.after_experience(learner, self.stream)
         self.matrix.append(row)
         learner.position.phase = "boundary"
-        self.evaluation_seconds += time.perf_counter() - started
         report = report_of(self, "running")
         self._save(boundary=experience.index + 1, report={**report, "curves": {}})
         if experience.index + 1 < self.length:

@@ -85,11 +85,17 @@ def _put_report_back(folder: Path, then: dict[str, Any]) -> None:
     if report is None:  # before the first experience there was none
         (folder / REPORT_FILE).unlink(missing_ok=True)
         return
+    from .config import ProbeConfig
+    from .probing import Probing
     from .report.build import write_json
     from .run_report import read_losses
 
-    losses = read_losses(folder / LOSSES_FILE, then["losses_bytes"])
-    write_json(folder / REPORT_FILE, {**report, "curves": {"loss": losses}})
+    curves: dict[str, Any] = {"loss": read_losses(folder / LOSSES_FILE, then["losses_bytes"])}
+    if then.get("probing") is not None:
+        probing = Probing(ProbeConfig(**report["protocol"]["probe"]))
+        probing.load_state_dict(then["probing"])
+        curves["probe"] = probing.curves()
+    write_json(folder / REPORT_FILE, {**report, "curves": curves})
 
 
 def refuse_foreign_folder(folder: Path, recipe: Recipe) -> None:

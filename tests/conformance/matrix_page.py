@@ -19,8 +19,8 @@ HEAD = """# Methods on hosts
 Made from `tests/conformance/matrix.json` by `make docs`; do not edit by hand. Every cell is a test: where a method
 runs, the conformance battery passes on a tiny model of that architecture; where it is refused, the command stops with
 the reason below before work starts. A name that is not a method's own is a variant of its settings
-(`tests/conformance/cases.py`). The refusals of `rwf`, `derpp` and `pcr` are those of language modelling: under
-a classification head they run on GPT-2 and Llama too.
+(`tests/conformance/cases.py`). The refusals of `rwf`, `attention_pooler`, `derpp`, `pcr` and `feat_kd` are those of
+language modelling: under a classification head they run on GPT-2 and Llama too.
 """
 
 

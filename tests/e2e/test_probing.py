@@ -17,7 +17,7 @@ from perdure.probing import Probing
 from perdure.progress import Progress
 from perdure.recipe import load_recipe
 from perdure.report.html import render_run
-from perdure.run import Run, run_recipe
+from perdure.run import Run, run_recipe, undo
 
 from . import tiny
 
@@ -85,6 +85,26 @@ def test_an_interrupted_run_goes_on_with_its_probes(tmp_path):
     report = run_recipe(recipe, progress=False)
     assert report["curves"] == whole["curves"]
     assert report["metrics"] == whole["metrics"]
+
+
+def test_undo_brings_the_curve_of_then_back(tmp_path):
+    finished(tmp_path, "moram", "protocol.probe={every: 2, rows: 3}")
+    undo(tmp_path / "run")
+    report = tiny.report(tmp_path / "run")
+    assert report["curves"]["probe"]["ends"] == [5, 10]
+    assert [step for step, _ in report["curves"]["probe"]["scores"]["1"]] == [6, 8, 10]
+    assert report["curves"]["probe"]["rows"] == 3
+
+
+def test_time_of_probes_is_in_no_other_figure(tmp_path, monkeypatch):
+    def slow(self: Probing, learner: Any, stream: Any) -> None:
+        clock[0] += 1000.0
+        self.ends.append(learner.counters.steps)
+
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Probing, "after_experience", slow)
+    assert finished(tmp_path, "linear_probe", "protocol.probe={every: 2}")["cost"]["evaluation_seconds"] < 1000
 
 
 def hand_worked() -> Probing:

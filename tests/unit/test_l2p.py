@@ -8,8 +8,10 @@ from hosts_tiny import WIDTH, build, inputs, result
 from prompt_methods import clones, learner, prose, strong, texts
 
 from perdure.attachment import attach, detach
+from perdure.config import MethodConfig
 from perdure.errors import BadInput
 from perdure.layers import PromptPool
+from perdure.methods import Method
 
 SMALL = {"l2p": {"size": 5, "length": 2, "top_n": 2, "prompt_tokens": 4}}
 LM = {"causal_lm": {"block_size": 32}}
@@ -154,9 +156,21 @@ def test_a_pool_that_is_too_small_is_refused():
         learner(build("BertModel", vocab_size=300), {"l2p": {"size": 5, "top_n": 6}})
 
 
+class Unsaid(Method):
+    """Trains a parameter of the host and does not declare it."""
+
+    name = "unsaid"
+
+    def attach(self, host):
+        self._named = host.named_parameters()[:1]
+
+    def parameter_groups(self):
+        return [{"params": self._named}]
+
+
 def test_a_host_that_trains_is_refused_before_the_first_step():
-    made = learner(build("BertModel", vocab_size=300), [SMALL, {"lora": {"rank": 2}}])
-    with pytest.raises(BadInput, match="method.l2p: its query is that of the frozen host, but .*lora.* trains too"):
+    made = learner(build("BertModel", vocab_size=300), [SMALL, Unsaid(MethodConfig())])
+    with pytest.raises(BadInput, match="method.l2p: its query is that of the frozen host, but .*weight trains too"):
         made.learn(texts(0))
     assert made.counters.steps == 0 and made.counters.extra_rows == 0
 

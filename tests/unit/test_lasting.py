@@ -156,8 +156,18 @@ def test_the_share_that_is_held_is_told() -> None:
 
 # ---- refusals before work starts
 @pytest.mark.parametrize("penalty", ["ewc", "l2_anchor"])
+def test_components_are_new_in_every_experience_in_either_order(penalty: str) -> None:
+    coda = {"coda_prompt": {"components": 2, "length": 4, "prompt_tokens": 4}}
+    for spec in ([coda, {penalty: {"head": False}}], [{penalty: {"head": False}}, coda]):
+        with pytest.raises(BadInput, match=rf"method\.{penalty}: coda_prompt trains new parameters"):
+            build(spec)
+
+
+@pytest.mark.parametrize("penalty", ["ewc", "l2_anchor"])
 def test_lists_in_which_nothing_lives_on_are_refused(penalty: str) -> None:
-    for adapter in (MORAM, CODYRA, {"lora": {"rank": 2, "grow": True}}, {"lora": {"rank": 2, "protect": {}}}):
+    lora = ({"lora": {"rank": 2, "grow": True}}, {"lora": {"rank": 2, "protect": {}}})
+    branches = [{name: {"rank": 2}} for name in ("olora", "inflora", "sd_lora", "merge_lora")]
+    for adapter in (MORAM, CODYRA, *lora, *branches, {"sd_lora": {"rank": 2, "magnitudes": "per_map"}}):
         (name,) = adapter
         reason = rf"method\.{penalty}: {name} trains new parameters in every experience.*remove {penalty}"
         with pytest.raises(BadInput, match=reason):

@@ -383,6 +383,10 @@ def test_terminal_comparison_marks_the_best():
     row = comparison["rows"][4]
     assert words.interval("average_accuracy", row["metrics"]["average_accuracy"]) in text
     assert "min" in text and "upper" in text and "illustration" not in text
+    for row in comparison["rows"]:  # one column more, in a terminal as narrow as before
+        row["metrics"]["anytime_accuracy"] = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    narrow = _printed(terminal.print_comparison, comparison, width=80)
+    assert all(row["arm"][:6] in narrow for row in comparison["rows"]) and "…" not in narrow
     ansi = _printed(terminal.print_comparison, comparison, width=120, ansi=True)
     best = words.interval("average_accuracy", comparison["rows"][5]["metrics"]["average_accuracy"])
     assert f"\x1b[1m{best}" in ansi

@@ -28,6 +28,7 @@ _FAMILIES = {
     "dinov2_with_registers": "dinov2",
     "xlm-roberta": "roberta",
 }
+_PUT_IN = PREFIX.rstrip("_")  # PEFT names its adapters without the underscore
 _CLIP_TEXT = "clip_text_model"
 _MEAN = ("bert", "roberta", "distilbert", "mpnet", "albert", "electra", "deberta", "deberta-v2", "modernbert")
 _CLS = ("vit", "deit", "dinov2", "beit")
@@ -150,7 +151,7 @@ class Host:
             for name, parameter in self.model.named_parameters()
             if parameter.is_floating_point()
             and name != "logit_scale"
-            and PREFIX not in name  # what other methods put in
+            and not any(part.startswith(_PUT_IN) for part in name.split("."))  # what other methods put in
             and name.startswith(f"{root}." if root else "")
         ]
 

@@ -131,6 +131,8 @@ class AdapterExperts(nn.Module):
         tally: [E] int64, sequences that chose each expert in training since it was set to zero; no state.
     """
 
+    reports_routing = True
+
     def __init__(
         self, in_features: int, out_features: int, *, experts: int, rank: int, top_k: int, scale: float, dropout: float,
         relu: bool, noisy: bool, call: Call, site: str, generator: torch.Generator | None = None,

@@ -38,6 +38,8 @@ class LinearMemory(nn.Module):
         BadInput: a setting is out of its range.
     """
 
+    reports_routing = True
+
     def __init__(
         self,
         in_features: int,

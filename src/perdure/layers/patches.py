@@ -36,6 +36,8 @@ class PatchLayer(nn.Module):
         BadInput: a setting is out of its range.
     """
 
+    reports_routing = True
+
     def __init__(
         self,
         width: int,

@@ -247,6 +247,8 @@ class SparseExperts(nn.Module):
         path: "auto", "sparse" or "reference"; see `memory.sparse_delta`.
     """
 
+    reports_routing = True
+
     def __init__(
         self, in_features: int, out_features: int, *, site: str, decision: Decision,
         path: Literal["auto", "reference", "sparse"] = "auto",

@@ -90,6 +90,8 @@ def on_device(made: nn.Module, beside: nn.Module) -> nn.Module:
 class QueriedMethod(PrefixMethod):
     """Prompts that depend on a query. State `values["asked"]`: the write whose query passes are being counted."""
 
+    adapts_alone = True
+
     def __init__(self, config: Any):
         super().__init__(config)
         self.values = {"asked": -1}

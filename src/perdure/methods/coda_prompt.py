@@ -68,6 +68,7 @@ class CODAPrompt(QueriedMethod):
             return value
 
     needs = frozenset({"boundaries"})
+    renews = True
     status = "unverified"
     citation = "CVPR 2023"
 

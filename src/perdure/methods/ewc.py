@@ -22,8 +22,9 @@ not grow. So after the third experience begins the plain form is not zero at its
 
 What is held: whatever trains in this experience and trained in the last, adapter or host, and the head's rows of
 classes seen then (`head: true`). Parameters that stand still need no penalty and are forgotten; new ones have no anchor
-yet (`_lasting.py`). Beside moram, codyra and lora with `grow`, whose trained parameters are new each time, that is the
-head alone; without one (language models, class texts) it is refused.
+yet (`_lasting.py`). Beside moram, codyra, coda_prompt, olora, inflora, sd_lora, merge_lora and lora
+with `grow`, whose trained parameters are new each time, that is the head alone; without one (language models, class
+texts) it is refused.
 
 Stored: two numbers for each held one. Cost: once an experience a forward and backward pass for each of `rows` rows (the
 last experience excepted); a step, one pass over what is held. Removal: rollback.

@@ -68,7 +68,6 @@ class SDLoRA(LoRABranches):
         """Roles of the adapted maps, a group (attention, ffn, all) or `re:` and a pattern. Published: q and v."""
         layers: list[int] | None = None
 
-    renews = False  # magnitudes train on
     status = "unverified"
     citation = "Wu et al. 2025, SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incremental Learning"
 

@@ -82,8 +82,9 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("arm", overflow="fold", min_width=10)
     columns = words.columns(comparison)
-    for _, name in columns:
-        table.add_column(_HEADINGS[name], justify="right", no_wrap=True)
+    for block, name in columns:
+        # In a narrow terminal an interval takes two lines; with no_wrap the arms' names would give way, to nothing.
+        table.add_column(_HEADINGS[name], justify="right", overflow="fold", no_wrap=block == "cost")
     for i, row in enumerate(comparison["rows"]):
         aside = row["status"] in ("upper bound", "control")
         name = escape(row["arm"]) + (f" [dim]({row['status']})[/]" if aside else "")
