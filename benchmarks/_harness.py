@@ -34,6 +34,12 @@ class Ratio:
     pairs: int
 
 
+def tell(loop: Any, losses: dict[str, float]) -> None:
+    """An `on_step` of `Learner.learn`: a line about every 100 steps."""
+    if losses and loop.position.step % 100 == 1:  # losses are logged on steps 1, 11, 21 ...
+        print(f"step {loop.position.step}/{loop.steps_planned} loss {losses['loss']:.3f}", flush=True)
+
+
 def bootstrap_median(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """2.5 % and 97.5 % quantiles of the median over resamples."""
     generator = random.Random(seed)

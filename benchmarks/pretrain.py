@@ -17,6 +17,8 @@ from perdure.learner import Learner
 from perdure.models import load_model
 from perdure.streams import build_stream
 
+from ._harness import tell
+
 MODEL = {"scratch": {"family": "gpt2", "layers": 4, "width": 128, "heads": 4, "max_length": 256, "seed": 0}}
 FOLDER = Path("runs/models/shakespeare-bytes")
 
@@ -44,12 +46,8 @@ def main() -> None:
     )  # fmt: skip
     started = time.perf_counter()
 
-    def on_step(loop: Learner, losses: dict[str, float]) -> None:
-        if losses and loop.position.step % 100 == 1:
-            print(f"step {loop.position.step}/{loop.steps_planned} loss {losses['loss']:.3f}", flush=True)
-
     experience = stream.experience(0)
-    learner.learn(experience, on_step=on_step)  # type: ignore[arg-type]
+    learner.learn(experience, on_step=tell)
     facts = {
         "characters": sum(len(row["text"]) for row in experience.train), "epochs": options.epochs,
         "valid_perplexity": learner.evaluate([experience], split="valid")[0],

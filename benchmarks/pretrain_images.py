@@ -19,6 +19,8 @@ from perdure.learner import Learner
 from perdure.models import load_model
 from perdure.streams import build_stream
 
+from ._harness import tell
+
 FOLDER = Path("runs/models/vit-tiny-imagenet")
 FLOOR = 0.30
 """Accuracy of the joint probe on CIFAR-100 below which a backbone is called weak."""
@@ -51,11 +53,7 @@ def pretrain(options: argparse.Namespace) -> dict[str, object]:
     experience = stream_of("tiny_imagenet_100c").experience(0)
     started = time.perf_counter()
 
-    def on_step(loop: Learner, losses: dict[str, float]) -> None:
-        if losses and loop.position.step % 100 == 1:
-            print(f"step {loop.position.step}/{loop.steps_planned} loss {losses['loss']:.3f}", flush=True)
-
-    learner.learn(experience, on_step=on_step)  # type: ignore[arg-type]
+    learner.learn(experience, on_step=tell)
     facts = {
         "images": len(experience.train), "epochs": options.epochs, "layers": options.layers, "width": options.width,
         "test_accuracy": learner.evaluate([experience])[0], "seconds": round(time.perf_counter() - started, 1),

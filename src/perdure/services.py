@@ -285,7 +285,12 @@ class Services:
         """
         assert batch.labels is not None
         summed, _ = self._loop.objective.loss_among(batch, output, self._seen_classes(output))
-        return gather_rows(summed[None]).sum() / gather_rows((batch.labels != -100).sum()[None]).sum().clamp(min=1)
+        return self.mean(summed, (batch.labels != -100).sum())
+
+    @staticmethod
+    def mean(summed: Tensor, count: Tensor) -> Tensor:
+        """Sum over count, both scalars of this process: those of all processes together, at least one counted."""
+        return gather_rows(summed[None]).sum() / gather_rows(count[None]).sum().clamp(min=1)
 
     def _seen_classes(self, output: Output) -> Tensor | None:
         """Heads may have rows for classes that were only declared; these never compete here."""

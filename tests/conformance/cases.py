@@ -17,6 +17,7 @@ import torch
 from perdure.learner import Learner
 from perdure.models import PairProcessor
 from perdure.processors import ByteTokenizer, ImageProcessor
+from perdure.registry import METHODS
 from perdure.streams import Experience
 
 MATRIX: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("matrix.json").read_text())
@@ -235,8 +236,6 @@ def host_inputs(host: str, learner: Learner, made: list[Experience]) -> dict[str
 
 def all_specs() -> dict[str, Any]:
     """Every registered method and variant, by the name the battery calls it."""
-    from perdure.registry import METHODS
-
     return {name: SETTINGS.get(name, name) for name in METHODS.names()} | VARIANTS
 
 
@@ -245,9 +244,12 @@ def runs(method: str, host: str) -> bool:
 
 
 def without_dropout(spec: Any) -> Any:
-    if isinstance(spec, list):
-        return [without_dropout(one) for one in spec]
-    if not isinstance(spec, dict):
-        return spec
+    """The settings with every random draw of a forward pass off, those that are on by default included."""
     off = {"dropout": 0.0, "noise": False}
-    return {name: {k: off.get(k, v) for k, v in settings.items()} for name, settings in spec.items()}
+    return [
+        {
+            name: config.model_dump(exclude_unset=True)
+            | {key: off[key] for key in off if key in type(config).model_fields}
+        }
+        for name, config in METHODS.parse(spec, "method")
+    ]

@@ -1,6 +1,7 @@
 """The ridge head's sums: whatever the batches, the order or the interruptions, the same solution."""
 
 import torch
+from head_passes import feed, fit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,20 +22,6 @@ def data(seed, rows, classes):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, WIDTH, generator=generator)
     return x, torch.randint(classes, (rows,), generator=generator)
-
-
-def fit(head, x, y, sizes, seed=0):
-    head.begin_fit(len(y), seed)
-    feed(head, x, y, sizes)
-    head.end_fit()
-
-
-def feed(head, x, y, sizes):
-    start, turn = 0, 0
-    while start < len(y):
-        size = sizes[turn % len(sizes)]
-        head.update(x[start : start + size], y[start : start + size])
-        start, turn = start + size, turn + 1
 
 
 def direct(head, x, y):

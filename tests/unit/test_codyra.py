@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from loop_methods import Distilled, build, copied, differences
+from merged_weights import changed, watch_merging, weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from perdure import optim
@@ -24,16 +25,6 @@ SPECS: dict[str, Any] = {
 }
 
 
-def weights(model: Any) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def changed(model: Any, before: dict[str, torch.Tensor]) -> set[str]:
-    now = model.state_dict()
-    assert list(now) == list(before), "the model has tensors that it did not have"
-    return {name for name in before if not torch.equal(now[name], before[name])}
-
-
 def learnt(host: str, spec: Any, count: int = 2, **options: Any) -> tuple[Learner, dict[str, torch.Tensor]]:
     learner = cases.build_learner(host, spec, **options)
     before = weights(learner.model)
@@ -48,21 +39,7 @@ def learnt(host: str, spec: Any, count: int = 2, **options: Any) -> tuple[Learne
 def test_merged_equals_unmerged(name: str, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     learner, made = cases.build_learner(host, SPECS[name], learning_rate=0.05), cases.experiences(host)
     method: Any = learner.methods[0]
-    merge, found = method._merge, []
-
-    def watched() -> int:
-        if not method._handles:
-            return merge()
-        before = cases.outputs(learner, made)
-        method._close()
-        without = cases.outputs(learner, made)
-        method._open()
-        kept = merge()
-        assert not method._handles
-        found.append(((cases.outputs(learner, made) - before).abs().max(), (without - before).abs().max()))
-        return kept
-
-    monkeypatch.setattr(method, "_merge", watched)
+    found = watch_merging(learner, made, monkeypatch)
     for experience in made:
         learner.learn(experience)
     assert len(found) == 3

@@ -145,5 +145,5 @@ def test_what_cannot_be_is_refused() -> None:
     learner = cases.build_learner("clip", [{"moram": {"rank": 2, "top_k": 2}}, {"derpp": DERPP}])
     made = cases.experiences("clip", 1)[0]
     captions = [{"image": row["image"], "text": f"{n}"} for n, row in enumerate(made.train)]
-    with pytest.raises(BadInput, match="have captions"):
+    with pytest.raises(BadInput, match="rows with captions"):
         learner.learn(made.with_rows(train=captions, test=()))

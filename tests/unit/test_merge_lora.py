@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from merged_weights import changed, watch_merging, weights
 
 from perdure.errors import BadInput, ProtocolRefused
 from perdure.learner import Learner
@@ -18,40 +19,16 @@ def method_of(learner: Any) -> Any:
     return learner.methods[0]
 
 
-def weights(model: Any) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def changed(model: Any, before: dict[str, torch.Tensor]) -> set[str]:
-    now = model.state_dict()
-    assert list(now) == list(before), "the model has tensors that it did not have"
-    return {name for name in before if not torch.equal(now[name], before[name])}
-
-
 @pytest.mark.parametrize("host", ["bert", "gpt2"])
 def test_merged_equals_unmerged_and_every_experience_starts_anew(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     learner, made = cases.build_learner(host, SPEC, learning_rate=0.03), cases.experiences(host)
-    method, found, started = method_of(learner), [], []
-    merge = method._merge
-
-    def watched() -> int:
-        if not method._handles:
-            return merge()
-        before = cases.outputs(learner, made)
-        method._close()
-        without = cases.outputs(learner, made)
-        method._open()
-        kept = merge()
-        found.append(
-            (float((cases.outputs(learner, made) - before).abs().max()), float((without - before).abs().max()))
-        )
-        return kept
+    method, started = method_of(learner), []
+    found = watch_merging(learner, made, monkeypatch)
 
     def on_step(loop: Any, _: Any) -> None:
         if loop.position.step == 1:
             started.append({name: branch.bank.new_keys.detach().clone() for name, branch in method.branches.items()})
 
-    monkeypatch.setattr(method, "_merge", watched)
     for experience in made:
         learner.learn(experience, on_step=on_step)
         assert not method._handles and all(not module._forward_hooks for module in learner.model.modules())

@@ -14,6 +14,7 @@ from perdure.data import Batch, Output
 from perdure.errors import BadInput
 from perdure.registry import METHODS
 from perdure.replay import pack, unpack
+from perdure.services import Services
 from tests.conformance import cases
 
 PCR = METHODS.get("pcr")
@@ -22,7 +23,7 @@ PCR = METHODS.get("pcr")
 def method_of(settings: dict[str, Any], **loop: Any) -> Any:
     method = PCR(PCR.Config(**settings))
     facts = {"knows_boundaries": True, "experiences_learnt": 1, "experience_step": 0, "step": 0, "first_epoch": False}
-    method.loop = SimpleNamespace(**{**facts, "labels": {f"c{n}": n for n in range(5)}, **loop})
+    method.loop = SimpleNamespace(**{**facts, "labels": {f"c{n}": n for n in range(5)}, "mean": Services.mean, **loop})
     return method
 
 

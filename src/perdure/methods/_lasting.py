@@ -9,16 +9,16 @@ forgotten, and what is new has no anchor before the next boundary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import BadInput
+from ._refusals import refuse_joint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor, nn
 
-    from ..streams import Experience
     from ._method import Method
 
 
@@ -95,23 +95,6 @@ class Lasting:
         if tensors[key].device != parameter.device:
             tensors[key] = tensors[key].to(parameter.device)
         return tensors[key]
-
-
-def refuse_joint(owner: Method) -> None:
-    """Raises BadInput beside a method that learns everything at once."""
-    whole = next((method.name for method in owner.loop.methods if "all_data" in method.needs), None)
-    if whole is not None:
-        raise BadInput(
-            f"method.{owner.name}: {whole} learns all experiences at once, so none comes before that could be held; "
-            f"remove {owner.name}"
-        )
-
-
-def refuse_captions(owner: Method, experience: Experience, why: str) -> None:
-    """Raises BadInput for image rows with captions, which have no class."""
-    row: Any = experience.train[0]
-    if row.get("image") is not None and row.get("label") is None:
-        raise BadInput(f"method.{owner.name}: experience {experience.name!r} has rows with captions, and {why}")
 
 
 def old_rows(parameter: Tensor, rows: Tensor) -> Tensor:

@@ -10,9 +10,22 @@ from typing import TYPE_CHECKING, Any
 from ._method import Method
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
     from ..hosts import Handle, Host, Site
     from ..layers import LowRankBranches
     from ..streams import Experience
+
+
+def factors(branches: Mapping[str, LowRankBranches]) -> list[tuple[str, nn.Parameter]]:
+    """A and B of the branches that train, by name."""
+    named = []
+    for name, branch in branches.items():
+        if branch.bank.new_size:
+            named += [(f"{name}.A", branch.bank.new_keys), (f"{name}.B", branch.bank.new_values)]
+    return named
 
 
 class LoRABranches(Method):
@@ -45,11 +58,7 @@ class LoRABranches(Method):
         return self.modules  # type: ignore[return-value]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        named = []
-        for name, branch in self.branches.items():
-            if branch.bank.new_size:
-                named += [(f"{name}.A", branch.bank.new_keys), (f"{name}.B", branch.bank.new_values)]
-        return [{"params": named}]
+        return [{"params": factors(self.branches)}]
 
     def before_experience(self, experience: Experience) -> None:
         for branch in self.branches.values():

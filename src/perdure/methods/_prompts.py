@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ..config import MethodConfig
 from ..errors import BadInput
 from ._method import Method
+from ._refusals import predicts_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -59,14 +60,8 @@ def check_heads(method: Method, width: int) -> None:
 
 def check_whole_text(method: Method, host: Host, blocks: list[Block]) -> None:
     """Raises BadInput where pooling over a text would show a token those that it is to predict."""
-    loop = getattr(method, "loop", None)  # absent under the public `attach`
-    if loop is not None:
-        predicts_tokens = loop.predicts_tokens
-    else:
-        find = getattr(host.model, "get_output_embeddings", None)
-        predicts_tokens = find is not None and find() is not None
     causal = next((block for block in blocks if block.causal), None)
-    if causal is not None and predicts_tokens:
+    if causal is not None and predicts_tokens(method, host):
         raise BadInput(
             f"method.{method.name}: retrieval pools over the whole text, so in block {causal.name} of "
             f"{type(host.model).__name__}, a causal language model, a token would see those that are to be "

@@ -15,6 +15,7 @@ from pydantic import Field
 from ..config import MethodConfig
 from ..errors import BadInput
 from ._method import Method
+from ._refusals import predicts_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,7 +105,7 @@ class QueriedMethod(PrefixMethod):
         from ..layers import Keep
 
         first = host.blocks(tower=tower or None)[0]
-        if first.causal and self._predicts_tokens(host):
+        if first.causal and predicts_tokens(self, host):
             self._limit = self.config.prompt_tokens
         on_device(query, first.module)
         self._handles.append(QueryPass(host, tower, query, self.name, self._limit))
@@ -113,13 +114,6 @@ class QueriedMethod(PrefixMethod):
         self._queries.append(query)
         self._host = host
         return query
-
-    def _predicts_tokens(self, host: Host) -> bool:
-        loop = getattr(self, "loop", None)
-        if loop is not None:
-            return loop.predicts_tokens
-        find = getattr(host.model, "get_output_embeddings", None)
-        return find is not None and find() is not None
 
     def detach(self, host: Host) -> None:
         super().detach(host)

@@ -36,7 +36,8 @@ from pydantic import Field
 
 from ..config import MethodConfig
 from ._method import Method, register
-from ._rows_with_vectors import refuse_captions, refuse_token_scores, vectors_of
+from ._refusals import refuse_captions, refuse_token_scores
+from ._rows_with_vectors import vectors_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +74,7 @@ class DarkExperienceReplay(Method):
         )
 
     def before_experience(self, experience: Experience) -> None:
-        refuse_captions(self, experience)
+        refuse_captions(self, experience, "class scores of each row are needed; give rows with a `label`, or use er")
 
     def before_step(self, batch: Batch) -> Batch:
         """Appends both draws. Their labels are put aside: they are no part of the loss on the current rows."""
@@ -111,8 +112,6 @@ class DarkExperienceReplay(Method):
 
     def _error(self, logits: Tensor, rows: Rows) -> Tensor:
         """Mean squared error to the stored logits, over the classes that each row knew; of all processes together."""
-        from ..gathering import gather_rows
-
         stored, known = vectors_of(rows, "logits", logits)
         error = (logits[:, : stored.shape[1]] - stored)[known].square().sum()
-        return gather_rows(error[None]).sum() / gather_rows(known.sum()[None]).sum().clamp(min=1)
+        return self.loop.mean(error, known.sum())

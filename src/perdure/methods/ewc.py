@@ -42,8 +42,9 @@ from pydantic import Field, model_validator
 
 from ..config import MethodConfig
 from ..data import wide
-from ._lasting import Lasting, old_rows, refuse_captions
+from ._lasting import Lasting, old_rows
 from ._method import Method, register
+from ._refusals import refuse_captions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

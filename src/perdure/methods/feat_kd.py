@@ -29,8 +29,8 @@ from pydantic import Field
 from ..config import MethodConfig
 from ..data import wide
 from ..errors import BadInput
-from ._lasting import refuse_joint
 from ._method import Method, register
+from ._refusals import refuse_joint
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -36,8 +36,8 @@ from pydantic import Field
 
 from ..config import MethodConfig
 from ..data import wide
-from ._lasting import refuse_captions, refuse_joint
 from ._method import Method, register
+from ._refusals import refuse_captions, refuse_joint
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ..config import MethodConfig
+from ._lora_branches import factors
 from ._merged import MergedBranches
 from ._method import register
 
@@ -73,11 +74,7 @@ class MergeLoRA(MergedBranches):
         return self.modules  # type: ignore[return-value]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        named = []
-        for name, branch in self.branches.items():
-            if branch.bank.new_size:
-                named += [(f"{name}.A", branch.bank.new_keys), (f"{name}.B", branch.bank.new_values)]
-        return [{"params": named}]
+        return [{"params": factors(self.branches)}]
 
     def _grow(self) -> None:
         for branch in self.branches.values():

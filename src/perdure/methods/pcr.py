@@ -46,7 +46,8 @@ from pydantic import Field, model_validator
 
 from ..config import MethodConfig
 from ._method import Method, register
-from ._rows_with_vectors import refuse_captions, refuse_token_scores, vectors_of
+from ._refusals import refuse_captions, refuse_token_scores
+from ._rows_with_vectors import vectors_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +105,7 @@ class ProxyContrastiveReplay(Method):
         refuse_token_scores(self, "contrasts rows with the vectors of their classes", "there is no class vector")
 
     def before_experience(self, experience: Experience) -> None:
-        refuse_captions(self, experience)
+        refuse_captions(self, experience, "class scores of each row are needed; give rows with a `label`, or use er")
 
     def before_step(self, batch: Batch) -> Batch:
         config, loop = self.config, self.loop
@@ -175,12 +176,10 @@ class ProxyContrastiveReplay(Method):
 
     def _proxy_error(self, logits: Tensor, stored: Tensor, known: Tensor, counts: Tensor) -> Tensor:
         """PCD, over the rows of all processes."""
-        from ..gathering import gather_rows
-
         width = stored.shape[1]
         weight = known * counts[:width]
         error = (weight * (logits[:, :width] - stored).square()).sum()
-        return gather_rows(error[None]).sum() / gather_rows(weight.sum()[None]).sum().clamp(min=1)
+        return self.loop.mean(error, weight.sum())
 
     def _similarity_loss(self, features: Tensor, stored: Tensor) -> Tensor:
         """SCD, among the rows of all processes."""
