@@ -1,7 +1,8 @@
-"""Pretrains the small byte-level language model that the recipe lm/domains starts from: one domain, then it is frozen.
+"""Pretrains the small byte-level language models that the recipes of lm/ start from: one corpus, then they adapt.
 
 `python -m benchmarks.pretrain` writes runs/models/shakespeare-bytes (weights, tokenizer, facts.json with the
-perplexity reached). The data folder is named by PERDURE_DATA. Two CPU cores: a few minutes.
+perplexity reached), with `--apn` runs/models/apn-bytes (a folder of `save_pretrained`, facts.json): the same model with
+patches for feed-forwards, trained in the same way. The data folder is named by PERDURE_DATA. Two CPU cores: minutes.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from perdure.streams import build_stream
 from ._harness import tell
 
 MODEL = {"scratch": {"family": "gpt2", "layers": 4, "width": 128, "heads": 4, "max_length": 256, "seed": 0}}
-FOLDER = Path("runs/models/shakespeare-bytes")
+FOLDERS = {False: Path("runs/models/shakespeare-bytes"), True: Path("runs/models/apn-bytes")}
+APN = {"place": "replace", "patches": 64, "rank": 16, "train": "all", "train_code": True, "row_wise": False}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--characters", type=int, default=1_000_000)
-    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--apn", action="store_true", help="patches in place of the feed-forwards")
     options = parser.parse_args()
+    folder = options.folder or FOLDERS[options.apn]
     stream = build_stream(
         {
             "source": ["shakespeare", "kjv_bible"], "scenario": "domain_incremental", "text_unit": "blocks",
@@ -38,7 +42,7 @@ def main() -> None:
     )  # fmt: skip
     model, processor, _ = load_model(MODEL, "causal_lm")
     learner = Learner(
-        model, processor, method="finetune", objective={"causal_lm": {"block_size": 256}},
+        model, processor, method={"apn": APN} if options.apn else "finetune", objective={"causal_lm": {"block_size": 256}},
         training={
             "learning_rate": 2e-3, "lr_scheduler": "cosine", "warmup_steps": 50, "epochs": options.epochs,
             "per_device_train_batch_size": 16, "weight_decay": 0.1, "adam_beta2": 0.99,
@@ -53,10 +57,13 @@ def main() -> None:
         "valid_perplexity": learner.evaluate([experience], split="valid")[0],
         "seconds": round(time.perf_counter() - started, 1), "threads": torch.get_num_threads(),
     }  # fmt: skip
-    options.folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(options.folder)
-    processor.save_pretrained(options.folder)
-    (options.folder / "facts.json").write_text(json.dumps(facts, indent=1))
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.apn:
+        learner.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1))
     print(facts)
 
 

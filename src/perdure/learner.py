@@ -421,7 +421,7 @@ class Learner(Loop):
             BadInput: no such folder, or the base is another model (its hash differs). A given model is then as before.
             DamagedState: a file fails its checksum, or is not what `save_pretrained` writes.
         """
-        from .state.portable import check_form, read_portable
+        from .state.portable import check_form, point_to, read_portable
 
         tensors, values = read_portable(Path(folder))
         check_form(values, set(inspect.signature(cls).parameters) - {"model", "processor"}, folder)
@@ -432,7 +432,7 @@ class Learner(Loop):
             if not values["base"]["name"]:
                 raise BadInput(f"{folder}: does not say which model it belongs to; give `model` and `processor`")
             model, processor, _ = load_model(values["base"]["name"], objective)
-        learner = cls(model, processor, **values["settings"])
+        learner = cls(model, processor, **point_to(values["settings"], folder))
         try:
             learner._take_over(tensors, values, folder)
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -255,6 +256,56 @@ def test_a_pretrained_layer_in_place_is_saved_and_loaded(tmp_path: Any) -> None:
     original = {name: t.clone() for name, t in model.state_dict().items()}
     restored = learner.detach().state_dict()
     assert all(torch.equal(restored[name], original[name]) for name in original)
+
+
+def another_host() -> Any:
+    """Other weights than the host that was pretrained: what is right after loading came from the folder."""
+    model, tokenizer = cases.build_host("gpt2")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return model, tokenizer
+
+
+def test_a_stream_may_begin_with_layers_that_were_saved(tmp_path: Any) -> None:
+    """`weights`: layers and host of the folder are the start; the copy in a later folder takes the place of it."""
+    made = [domain(0, "abcd"), domain(1, "zyxw")]
+    first = build(apn(place="replace", pretrain={"learning_rate": 0.02}), "gpt2", epochs=2)
+    first.learn(made[0])
+    kept = first.save_pretrained(tmp_path / "kept")
+    model, tokenizer = another_host()
+    original = {name: t.clone() for name, t in model.state_dict().items()}
+    learner = Learner(
+        model, tokenizer, method=apn(place="replace", weights=str(kept)), objective={"causal_lm": {"block_size": 32}}
+    )
+    assert torch.equal(cases.outputs(learner, made), cases.outputs(first, made))
+    learner.learn(made[1])
+    assert not torch.equal(cases.outputs(learner, made), cases.outputs(first, made))
+    learner.save_pretrained(tmp_path / "later")
+    shutil.rmtree(kept)
+    again = Learner.from_pretrained(tmp_path / "later", *another_host())
+    assert torch.equal(cases.outputs(again, made), cases.outputs(learner, made))
+    restored = learner.detach().state_dict()
+    assert all(torch.equal(restored[name], original[name]) for name in original)
+
+
+def test_layers_that_do_not_fit_are_refused_and_leave_the_model_alone(tmp_path: Any) -> None:
+    first = build(apn(place="replace", pretrain={"learning_rate": 0.02}), "gpt2")
+    kept = str(first.save_pretrained(tmp_path / "kept"))
+    other = str(build({"lora": {"rank": 2}}, "gpt2").save_pretrained(tmp_path / "other"))
+    model: Any = cases.build_host("gpt2")[0]
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    for settings, word in (
+        ({"weights": kept, "place": "replace", "rank": 4}, "does not fit"),
+        ({"weights": kept, "place": "replace", "layers": [0]}, "does not fit"),
+        ({"weights": other}, "no apn"),
+        ({"weights": str(tmp_path / "nowhere")}, "perdure.json"),
+        ({"weights": kept, "pretrain": {}}, "one of them"),
+    ):
+        with pytest.raises(BadInput, match=word):
+            attach(model, apn(**settings))
+        now = model.state_dict()
+        assert now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from ..config import MethodConfig, PretrainConfig
+from ..errors import BadInput
 from ._host_parameters import HostParameters, pretraining_groups
 from ._method import Method, register
 
@@ -80,6 +81,8 @@ class APN(Method):
         """Train V too, as the released adaptation does. V is shared by all tokens, so locality is gone."""
         pretrain: PretrainConfig | None = None
         """Train all of the host, and of layers in its place, on the first experience; `train` holds from the second."""
+        weights: str | None = None
+        """A folder of `save_pretrained`: its layers, and its host where it trained that, are the start."""
         row_wise: bool = True
         """A patch that no token visited in a step does not move. False: AdamW as released."""
         layers: list[int] | None = None
@@ -88,6 +91,8 @@ class APN(Method):
         def _enough(self) -> APN.Config:
             if self.top_k > self.patches:
                 raise ValueError(f"top_k {self.top_k} is more than the {self.patches} patches; lower it")
+            if self.weights is not None and self.pretrain is not None:
+                raise ValueError("weights and pretrain both make the layers ready; give one of them")
             return self
 
     adapts = True
@@ -115,8 +120,45 @@ class APN(Method):
             for place in places
         ]
         mine = {id(p) for _, p in self._named("")}
-        trains = config.train == "all" or config.pretrain is not None
+        start = self._start(config.weights, host)
+        trains = config.train == "all" or config.pretrain is not None or any(key.startswith("host/") for key in start)
         self._host = HostParameters([pair for pair in host.named_parameters() if id(pair[1]) not in mine] * trains)
+        if start:
+            try:
+                self._begin_with(start)
+            except BadInput:
+                self.detach(host)
+                raise
+
+    def _start(self, folder: str | None, host: Host) -> dict[str, Tensor]:
+        """Tensors of this method in a folder of `save_pretrained`; empty without one."""
+        from pathlib import Path
+
+        from ..state.portable import read_portable
+
+        if folder is None:
+            return {}
+        tensors, values = read_portable(Path(folder))
+        if self.name not in values["names"]:
+            raise BadInput(f"method.apn.weights: {folder} holds {values['names']} and no apn; name a folder of one")
+        prefix = f"method/{values['names'].index(self.name)}/"
+        found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        return {key: tensor for key, tensor in found.items() if key.startswith(("modules/", "host/"))}
+
+    def _begin_with(self, start: dict[str, Tensor]) -> None:
+        """Overwrites the layers, and the host where the folder has its weights."""
+        own = {key: tensor for key, tensor in Method.state_dict(self)[0].items() if key.startswith("modules/")}
+        host = self._host.state_dict() if any(key.startswith("host/") for key in start) else {}
+        shapes, found = ({key: tuple(t.shape) for key, t in each.items()} for each in (own | host, start))
+        if shapes != found:
+            key = min(key for key in {*shapes, *found} if shapes.get(key) != found.get(key))
+            raise BadInput(
+                f"method.apn.weights: {self.config.weights} does not fit: {key} is {found.get(key, 'not there')}, this "
+                f"model has {shapes.get(key, 'no such tensor')}; use the model and the settings it was saved with"
+            )
+        Method.load_state_dict(self, start, {"values": {}})
+        if host:
+            self._host.load_state_dict(start)
 
     def detach(self, host: Host) -> None:
         for handle in reversed(self._handles):

@@ -111,3 +111,15 @@ def check_form(values: dict[str, Any], names: Iterable[str], folder: str | Path)
     unknown = sorted(set(values["settings"]) - set(names))
     if unknown:
         raise DamagedState(f"{folder}: {DOCUMENT} has unknown settings {', '.join(unknown)}; restore it from a copy")
+
+
+def point_to(settings: dict[str, Any], folder: str | Path) -> dict[str, Any]:
+    """The settings with every method's `weights`, the folder it once began with, replaced by `folder`.
+
+    What is in `folder` began there and went on; the other one need not exist any more.
+    """
+    methods = [
+        {name: config | ({"weights": str(folder)} if config.get("weights") else {}) for name, config in each.items()}
+        for each in settings["method"]
+    ]
+    return settings | {"method": methods}
