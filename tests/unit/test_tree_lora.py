@@ -133,8 +133,8 @@ def test_the_released_draw_by_hand() -> None:
     root = TaskNode((0, 1), 0.0, 2.0, (TaskNode((0,)), TaskNode((1,))))
     draw = torch.Generator().manual_seed(1)
     choices, gaps = torch.ones(2, 3, dtype=torch.float64), matrix([1.0] * 3, [3.0] * 3)
-    drawn = [drawn_as_released(root, choices, gaps, 0, 10, draw) for _ in range(2000)]
-    assert sum(map(sum, drawn)) / 6000 == pytest.approx(math.e / (1 + math.e), abs=0.02)
+    drawn = [drawn_as_released(root, choices, gaps, 0, 10, draw) for _ in range(1000)]
+    assert sum(map(sum, drawn)) / 3000 == pytest.approx(math.e / (1 + math.e), abs=0.03)
     assert choices.eq(1).all() and gaps[1].eq(3).all()
     assert drawn_as_released(TaskNode((0,)), choices[:1], gaps[:1], 3, 10, draw) == [0, 0, 0]
 
@@ -157,8 +157,8 @@ def test_the_released_draw_scales_the_half_of_the_tree_that_it_falls_in() -> Non
         parts = softmax([value / (max(scaled) - min(scaled) + 1e-5) for value in scaled])
         expected = [e + share * part for e, part in zip(expected, parts, strict=True)]
     draw = torch.Generator().manual_seed(2)
-    drawn = [drawn_as_released(root, choices, gaps, step, steps, draw)[0] for _ in range(6000)]
-    assert [drawn.count(task) / 6000 for task in range(3)] == pytest.approx(expected, abs=0.02)
+    drawn = [drawn_as_released(root, choices, gaps, step, steps, draw)[0] for _ in range(2500)]
+    assert [drawn.count(task) / 2500 for task in range(3)] == pytest.approx(expected, abs=0.03)
 
 
 # ---- the terms
@@ -171,10 +171,12 @@ def test_the_pull_and_its_gradient_by_hand() -> None:
     assert [each.tolist() for each in found] == [[-0.125, 0.0], [0.5]]
     assert relative_pull(targets, targets).item() == 0
     draw = torch.Generator().manual_seed(0)
-    away = [torch.randn(6, generator=draw, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    fixed = [torch.randn(6, generator=draw, dtype=torch.float64) for _ in range(2)]
-    assert torch.autograd.gradcheck(lambda *now: relative_pull(now, fixed), away)
-    assert torch.isfinite(relative_pull(away, [torch.zeros(6), fixed[1]]))
+    away = [torch.randn(6, generator=draw, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    fixed = [torch.randn(6, generator=draw, dtype=torch.float64) for _ in range(3)]
+    found = torch.autograd.grad(relative_pull(away, fixed), away)
+    for gradient, now, then in zip(found, away, fixed, strict=True):
+        assert torch.allclose(gradient, (now - then).sign() / (3 * then.abs().sum()), rtol=0, atol=1e-15)
+    assert torch.isfinite(relative_pull(away[:2], [torch.zeros(6), fixed[1]]))
 
 
 def test_the_released_term_is_one_and_its_gradient_that_of_a_logarithm() -> None:
@@ -238,8 +240,9 @@ def test_the_loss_and_what_is_stored_are_the_formulas() -> None:
     for name, rows in signatures.items():
         assert tensors[f"signature/{name}"].shape == (3, rows[0].numel())
         for k, row in enumerate(rows):
-            assert float(row.abs().max()) > 1e-4
-            assert torch.allclose(tensors[f"signature/{name}"][k], row.flatten(), rtol=1e-3, atol=1e-7)
+            size = float(row.abs().max())  # far below the pull's own gradient, which must not be in it
+            assert size > 1e-6
+            assert torch.allclose(tensors[f"signature/{name}"][k], row.flatten(), rtol=0, atol=0.01 * size)
             assert torch.equal(tensors[f"adapter/{name}"][k], left[k][name].flatten())
 
 
@@ -279,7 +282,7 @@ def test_one_adapter_lives_on_and_the_pull_holds_it() -> None:
         learner.learn(made[1])
         assert {id(p) for _, p in method.parameter_groups()[0]["params"]} == parameters
         assert {(b.bank.frozen_size, b.bank.new_size) for b in method.branches.values()} == {(0, 2)}
-        away[strength] = sum(float((a - before[name]).abs().sum()) for name, a in method._downs().items())
+        away[strength] = sum(float((a.detach() - before[name]).abs().sum()) for name, a in method._downs().items())
     assert away[0.0] > 0 and away[100.0] < 0.7 * away[0.0]
 
 

@@ -127,7 +127,7 @@ class TreeLoRA(LoRABranches):
         past = len(self.tensors.get(f"signature/{next(iter(downs))}", ()))
         if past:
             self.tensors |= {name: torch.zeros(past, len(downs), dtype=torch.float64) for name in ("choices", "gaps")}
-        self.values["chosen"], self._tree = None, None
+        self.values["chosen"] = None
 
     def before_step(self, batch: Batch) -> Batch:
         if self.values["chosen"] is None and "choices" in self.tensors:
@@ -182,6 +182,7 @@ class TreeLoRA(LoRABranches):
             for kind, row in left.items():
                 old = [self._stored(kind, name, a)] if f"{kind}/{name}" in self.tensors else []
                 self.tensors[f"{kind}/{name}"] = torch.cat([*old, row.to(a.device)[None]])
+        self._tree = None
         choices = self.tensors.pop("choices", None)
         self.tensors.pop("gaps", None)
         if choices is not None:
