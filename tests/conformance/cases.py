@@ -39,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "inflora": {"inflora": {"rank": 2, "energy": 0.8}},
     "sd_lora": {"sd_lora": {"rank": 2}},
     "merge_lora": {"merge_lora": {"rank": 2, "dropout": 0.1}},
+    "tree_lora": {"tree_lora": {"rank": 2, "alpha": 4.0}},
     "er": {"er": {"budget": 12, "per_step": 4}},
     "derpp": {"derpp": {"budget": 12, "per_step": 4}},
     "agem": {"agem": {"budget": 12, "per_step": 6}},
@@ -80,6 +81,7 @@ VARIANTS: dict[str, Any] = {
     "apn-everything": {"apn": {**PATCHES, "train": "all", "row_wise": False}},
     "lora-pretrained": {"lora": {"rank": 2, "pretrain": {"weight_decay": 0.1}}},
     "sd_lora-per-map": {"sd_lora": {"rank": 2, "magnitudes": "per_map"}},
+    "tree_lora-released": {"tree_lora": {"rank": 2, "alpha": 4.0, "form": "released"}},
     "rwf-all": {"rwf": {"length": 3, "heads": 2, "beta": 2.0, "train": ["P", "W_Q", "W_K", "W_V", "W_O"]}},
     "lora+ewc": [{"lora": {"rank": 2, "dropout": 0.1}}, {"ewc": {"strength": 10.0, "online": True, "labels": "data"}}],
     "lora+l2-attention": [

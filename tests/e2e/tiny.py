@@ -57,6 +57,7 @@ ARMS: dict[str, tuple[Any, Any]] = {
     "inflora": ({"inflora": {"rank": 2, "energy": 0.8, "experiences": 3}}, "cosine"),
     "sd_lora": ({"sd_lora": {"rank": 2}}, "cosine"),
     "merge_lora": ({"merge_lora": {"rank": 2, "dropout": 0.1}}, "cosine"),
+    "tree_lora": ({"tree_lora": {"rank": 2, "alpha": 4.0}}, "cosine"),
     "rwf": ({"rwf": {"length": 2}}, "cosine"),
     "attention_pooler": ({"attention_pooler": {"length": 2, "units": 2}}, "cosine"),
     "static_prompts-lm": ({"static_prompts": {"length": 2}}, None),

@@ -10,6 +10,16 @@ from .retrieval import free_energy, least_free_energy, retrieve
 from .routing import Routing, cosine, dot, effective_k, open_items, select, self_activation, weight
 from .sparse import Shares, SparseBank, Support, share_out
 from .subspace import Subspace, designed_rows, update_subspace
+from .task_tree import (
+    TaskNode,
+    direction_gap,
+    drawn_as_released,
+    least_bound,
+    relative_pull,
+    released_alignment,
+    tree_of_changes,
+    tree_of_directions,
+)
 
 __all__ = [
     "SHARED",
@@ -25,17 +35,21 @@ __all__ = [
     "SparseBank",
     "Subspace",
     "Support",
+    "TaskNode",
     "choose_patch_path",
     "choose_path",
     "contrast_directions",
     "cosine",
     "designed_rows",
+    "direction_gap",
     "dot",
+    "drawn_as_released",
     "effective_k",
     "free_directions",
     "free_energy",
     "is_observed",
     "leading_basis",
+    "least_bound",
     "least_free_energy",
     "merge_duplicates",
     "observing",
@@ -45,6 +59,8 @@ __all__ = [
     "project",
     "read_atoms",
     "read_patches",
+    "relative_pull",
+    "released_alignment",
     "report",
     "report_written",
     "retrieve",
@@ -52,6 +68,8 @@ __all__ = [
     "self_activation",
     "share_out",
     "sparse_delta",
+    "tree_of_changes",
+    "tree_of_directions",
     "update_subspace",
     "weight",
 ]  # fmt: skip
