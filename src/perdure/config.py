@@ -164,6 +164,14 @@ class TrainingConfig(Strict):
             )
         return self.epochs[experience]
 
+    def check_length(self, experiences: int) -> None:
+        """Raises BadInput where a list of passes is shorter or longer than the stream."""
+        if isinstance(self.epochs, list) and len(self.epochs) != experiences:
+            raise BadInput(
+                f"training.epochs: lists {len(self.epochs)} numbers, and the stream has {experiences} experience"
+                f"{'s' if experiences > 1 else ''}; give one number for each experience, or one for all"
+            )
+
 
 class ProbeConfig(Strict):
     """Scores between the boundaries, on the experiences met so far; the current one included."""

@@ -104,6 +104,7 @@ def check_granted(methods: Sequence[Method], protocol: ProtocolConfig, training:
             "that it could reach; set it to constant"
         )
     for method in methods:
+        method.check_protocol(protocol)
         if "task_id" in method.needs and protocol.task_id == "none":
             raise ProtocolRefused(f"protocol.task_id: is none, but {method.name} needs it; set it to train or test")
         if "task_id_at_test" in method.needs and protocol.task_id != "test":

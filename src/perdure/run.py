@@ -180,7 +180,7 @@ class Run:
         if self.stream.length is None:
             raise BadInput("stream: is unbounded; `perdure run` needs an end, use Learner.partial_fit for live data")
         self.length: int = self.stream.length
-        recipe.training.epochs_of(self.length - 1)  # a list of them must be long enough
+        recipe.training.check_length(self.length)
         ((objective, _),) = OBJECTIVES.parse(recipe.objective, "objective")
         if recipe.training.num_threads:
             torch.set_num_threads(recipe.training.num_threads)

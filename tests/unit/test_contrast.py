@@ -144,9 +144,8 @@ def test_contrast_and_protection_together() -> None:
 
 
 def test_a_stream_without_boundaries_has_nothing_old() -> None:
-    learner = Learner(
-        *cases.build_host("bert"), method={"moram": {**SPEC["moram"], "grow_every": 3}},
-        objective={"classification": {"max_length": 32}}, protocol={"boundaries": "none"},
-    )  # fmt: skip
     with pytest.raises(BadInput, match=r"method\.moram\.keys: contrast needs boundaries"):
-        learner.learn(cases.experiences("bert")[0])
+        Learner(
+            *cases.build_host("bert"), method={"moram": {**SPEC["moram"], "grow_every": 3}},
+            objective={"classification": {"max_length": 32}}, protocol={"boundaries": "none"},
+        )  # fmt: skip

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from ..config import ProtocolConfig
     from ..data import Batch, Output, Row, Rows
     from ..hosts import Host
     from ..services import Services
@@ -113,6 +114,13 @@ class Method:
     def requires_rehearsal(self) -> int:
         """Samples of past experiences that this configuration stores at the most."""
         return 0
+
+    def check_protocol(self, protocol: ProtocolConfig) -> None:
+        """Refuses settings that do not fit what is granted, beyond what `needs` says; asked before any work starts.
+
+        Raises:
+            BadInput: names the setting and what to do.
+        """
 
     # ---- the experience
     def before_experience(self, experience: Experience) -> None: ...
