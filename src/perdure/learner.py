@@ -209,7 +209,8 @@ class Learner(Loop):
         return self
 
     def forget(self, write: int) -> Any:
-        """Takes one write back at the level the method declares (`Method.removal`).
+        """Takes one write back at the level the method declares (`Method.removal`). What of it stays all the same is
+        said under `left` in its record, `writes[write]`.
 
         Raises:
             BadInput: there is no such write, or the method cannot; `perdure undo` returns to an older state instead.
@@ -223,7 +224,9 @@ class Learner(Loop):
         if self.writes[write].get("forgotten"):
             raise BadInput(f"forget: write {write} ({self.writes[write]['name']}) was forgotten before")
         gone = [method.on_request("forget", {"write": write}) for method in self.methods]
-        self.writes[write] = {**self.writes[write], "forgotten": True}
+        left = [f"{method.name}: {what}" for method in self.methods for what in method.left_by_forget()]
+        left += [f"{self.head.name}: what the head learnt from it"] if self.head and not self.head.by_text else []
+        self.writes[write] = {**self.writes[write], "forgotten": True, "left": left}
         self.services.router_log.reset()  # items were renumbered
         if self.optimization is not None:
             self._optimize_anew(keep=self.optimization)

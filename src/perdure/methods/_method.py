@@ -171,6 +171,10 @@ class Method:
 
         raise BadInput(f"method {self.name!r} cannot honour the request {kind!r}")
 
+    def left_by_forget(self) -> list[str]:
+        """What of a forgotten write stays in this method's state, in words; it stands in the write's record."""
+        return []
+
     def plasticity(self) -> dict[str, float]:
         """Figures of this method for the report, e.g. the share of slots won by new atoms."""
         return {}

@@ -226,6 +226,12 @@ class MoRAM(Method):
             self._grow(self.loop.write_id + 1)  # no boundary will come that would do it
         return gone
 
+    def left_by_forget(self) -> list[str]:
+        # Exact removal would take moments of every experience apart: d² numbers a layer for each, not once.
+        asked = [name for name, on in (("protect", self._protection), ("keys: contrast", self._contrast)) if on]
+        kept = f"second moments of layer inputs, its rows among those of all others ({' and '.join(asked)})"
+        return [kept] if asked else []
+
     def plasticity(self) -> dict[str, float]:
         if not self._protection:
             return {}
