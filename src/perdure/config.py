@@ -195,8 +195,13 @@ class ProtocolConfig(Strict):
     rehearsal: int = Field(0, ge=0)
     """Samples of past experiences that may be stored at any time."""
     rehearsal_bytes: int | None = Field(None, ge=0)
+    stored_bytes: int | None = Field(None, ge=0)
+    """Bytes that may be kept beside the frozen base, rehearsal included, measured on the saved state after each
+    experience; no limit when absent."""
     passes: int | None = Field(None, ge=1)
     """Training passes allowed over each experience; no limit when absent."""
+    tuning: Literal["none", "validation"] = "validation"
+    """Rows beside the training rows that may decide anything: none, or validation rows. Test rows never may."""
     mask: Literal["all", "seen", "current"] = "current"
     """Classes that compete in the training loss. Prediction is over the classes of `label_space`."""
     label_space: Literal["seen", "declared"] = "seen"

@@ -119,6 +119,12 @@ def check_granted(methods: Sequence[Method], protocol: ProtocolConfig, training:
                 f"protocol.boundaries: is none, but method.{method.name}.pretrain must know where the first experience "
                 "ends; set it to train or remove pretrain"
             )
+        pretrain = getattr(method.config, "pretrain", None)
+        if protocol.passes is not None and pretrain is not None and (pretrain.epochs or 0) > protocol.passes:
+            raise ProtocolRefused(
+                f"method.{method.name}.pretrain.epochs: is {pretrain.epochs}, but the protocol grants "
+                f"{protocol.passes} pass(es) over each experience; lower it or raise protocol.passes"
+            )
         wanted = method.requires_rehearsal()
         if wanted > protocol.rehearsal:
             raise ProtocolRefused(

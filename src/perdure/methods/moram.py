@@ -94,6 +94,11 @@ class MoRAM(Method):
     removal = "structural"
     status = "unverified"
 
+    def __init__(self, config: Any):
+        super().__init__(config)
+        if config.grow_every is not None:  # without boundaries too an atom must be known by who trained it
+            self.needs = self.needs | {"write_ids"}  # type: ignore[misc]
+
     def check_protocol(self, protocol: ProtocolConfig) -> None:
         if protocol.boundaries == "train":
             return
