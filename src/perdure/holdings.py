@@ -29,6 +29,8 @@ SAMPLE = 16
 """Rows that are also looked for inside longer texts, and as token ids and pixels."""
 SHORTEST = 10
 """Characters of a text, and numbers in a row of token ids, below which a match may be chance."""
+VARIED = 4
+"""Different values in a run of token ids or pixels below which it may stand anywhere, as ones and zeros do."""
 FEW = 4096
 """Numbers of a tensor from which it is told whether all are whole, as token ids are."""
 MOST_PIXELS = 2**24
@@ -55,8 +57,9 @@ class Marks:
         some = list(evenly(rows, SAMPLE))
         self.sample = [text for row in some for text in _texts(row) if text not in labels]
         self.texts |= {hash(text) for text in self.sample}
-        self.pictures = [np.asarray(row["image"]) for row in some if row.get("image") is not None]
-        self.bytes = {picture.tobytes() for picture in self.pictures}
+        pictures = [np.asarray(row["image"]) for row in some if row.get("image") is not None]
+        self.bytes = {picture.tobytes() for picture in pictures}
+        self.pictures = [run for picture in pictures if (run := _middle(picture))]
         self.ids, self.pixels = _encoded(loop, some)
 
     # ---- one value
@@ -78,10 +81,10 @@ class Marks:
             return 0
         if array.dtype == np.uint8 and self.pictures:
             data = flat.tobytes()
-            return sum(_middle(picture) in data for picture in self.pictures)
+            return sum(run in data for run in self.pictures)
         if kind == "f" and self.pixels:
             data = flat.astype(np.float32).tobytes() if len(flat) <= MOST_PIXELS else b""
-            return sum(_middle(picture) in data for picture in self.pixels)
+            return sum(run in data for run in self.pixels)
         few = flat[:: max(1, len(flat) // FEW)]
         if self.ids and (kind != "f" or not (few % 1).any()):  # token ids may stand in a tensor of any type
             data = flat.astype(np.int64).tobytes()
@@ -97,7 +100,7 @@ def _texts(row: Any) -> list[str]:
     return [text for text in found if len(text) >= SHORTEST]
 
 
-def _encoded(loop: Loop, rows: Sequence[Any]) -> tuple[list[bytes], list[np.ndarray]]:
+def _encoded(loop: Loop, rows: Sequence[Any]) -> tuple[list[bytes], list[bytes]]:
     """Token ids, without what opens and closes every text, and pixels of rows as the host reads them."""
     ids, pixels = [], []
     try:
@@ -106,17 +109,18 @@ def _encoded(loop: Loop, rows: Sequence[Any]) -> tuple[list[bytes], list[np.ndar
         return [], []
     for each in encoded:
         tokens = list(each.get("input_ids") or ())[1:-1]
-        if len(tokens) >= SHORTEST:
+        if len(tokens) >= SHORTEST and len(set(tokens)) >= VARIED:
             ids.append(np.asarray(tokens, np.int64).tobytes())
-        if each.get("pixel_values") is not None:
-            pixels.append(np.asarray(each["pixel_values"], np.float32))
+        if each.get("pixel_values") is not None and (run := _middle(np.asarray(each["pixel_values"], np.float32))):
+            pixels.append(run)
     return ids, pixels
 
 
 def _middle(picture: np.ndarray) -> bytes:
-    """A run of values from the middle, where pictures seldom have a plain border."""
+    """A run of values from the middle, where few pictures have a plain border; empty where it is plain all the same."""
     flat = np.ascontiguousarray(picture).reshape(-1)
-    return flat[len(flat) // 2 :][:48].tobytes()
+    run = flat[len(flat) // 2 :][:48]
+    return run.tobytes() if len(np.unique(run)) >= VARIED else b""
 
 
 def _aligned(data: bytes, part: bytes) -> bool:
@@ -184,7 +188,7 @@ def _filled(cell: Any) -> bool:
 
 # ---- what hangs on a loop
 def roots(loop: Loop, saved: bool) -> Iterator[tuple[str, Any]]:
-    """(who, where to begin) for each plug-in, its class, what it saves if asked, and wherever else it may put things."""
+    """(who, where to begin): each plug-in, its class, what it saves if asked, and wherever else it may put things."""
     owners = [(f"method {method.name}", method) for method in loop.methods]
     owners += [(f"head {head.name}", head) for head in (loop.head, loop.auxiliary_head) if head is not None]
     owners += [(f"objective {loop.objective.name}", loop.objective)]

@@ -9,9 +9,11 @@ import pytest
 import torch
 from cheating import Cheat, experiences, learner, registered, replace, shown
 
+from perdure.config import ProtocolConfig, TrainingConfig
 from perdure.errors import ProtocolRefused
 from perdure.objectives.classification import Classification
-from perdure.registry import HEADS, OBJECTIVES
+from perdure.recipe import check_methods
+from perdure.registry import HEADS, METHODS, OBJECTIVES
 
 
 # ---- what comes
@@ -172,6 +174,13 @@ def test_predictions_that_hang_on_the_rest_of_the_batch_are_found() -> None:
     known = learner(Votes(), protocol={"task_id": "test"})
     known.learn(made[0])
     known.evaluate(made[:1])  # where the task is granted a vote tells nothing new
+
+
+def test_the_vote_of_a_published_method_is_refused_before_work_starts() -> None:
+    spec = METHODS.parse({"l2p": {"vote": True}}, "method")
+    with pytest.raises(ProtocolRefused, match=r"protocol\.task_id: is train, but with method\.l2p\.vote"):
+        check_methods(spec, ProtocolConfig(task_id="train"), TrainingConfig())
+    check_methods(spec, ProtocolConfig(task_id="test"), TrainingConfig())
 
 
 # ---- boundaries
