@@ -85,11 +85,12 @@ class Marks:
         if kind == "f" and self.pixels:
             data = flat.astype(np.float32).tobytes() if len(flat) <= MOST_PIXELS else b""
             return sum(run in data for run in self.pixels)
-        few = flat[:: max(1, len(flat) // FEW)]
-        if self.ids and (kind != "f" or not (few % 1).any()):  # token ids may stand in a tensor of any type
-            data = flat.astype(np.int64).tobytes()
-            return sum(_aligned(data, ids) for ids in self.ids)
-        return 0
+        with np.errstate(all="ignore"):  # infinite numbers are no token ids either
+            few = flat[:: max(1, len(flat) // FEW)]
+            if not self.ids or (kind == "f" and (few % 1 != 0).any()):
+                return 0
+            data = flat.astype(np.int64).tobytes()  # token ids may stand in a tensor of any type
+        return sum(_aligned(data, ids) for ids in self.ids)
 
 
 def _texts(row: Any) -> list[str]:

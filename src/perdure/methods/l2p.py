@@ -74,8 +74,8 @@ class L2P(QueriedMethod):
     def check_protocol(self, protocol: ProtocolConfig) -> None:
         if self.config.vote and protocol.task_id != "test":
             raise ProtocolRefused(
-                f"protocol.task_id: is {protocol.task_id}, but with method.l2p.vote the rows of a batch decide together, "
-                "which tells the task wherever a batch holds one; set task_id to test, or vote to false"
+                f"protocol.task_id: is {protocol.task_id}, but with method.l2p.vote the rows of a batch decide "
+                "together, which tells the task wherever a batch holds one; set task_id to test, or vote to false"
             )
 
     def attach(self, host: Host) -> None:
