@@ -30,8 +30,7 @@ class Pretraining(Strict):
 
 
 KNOWN = {
-    # The model card names the kinds of data; whether a test set is among them nobody has looked up.
-    "minilm": Pretraining(data="general text, then pairs of sentences of many public corpora (as the model card says)"),
+    "minilm": Pretraining(data="pairs of sentences of many public corpora (from memory of its model card)"),
 }
 
 
