@@ -253,6 +253,8 @@ def _rows_in(value: Any, marks: Marks) -> int:
         return marks.in_text(value)
     if isinstance(value, (bytes, bytearray)):
         return marks.in_bytes(bytes(value))
+    if isinstance(value, (list, tuple)) and len(value) >= SHORTEST and all(type(each) is int for each in value):
+        return marks.in_numbers(np.asarray(value, np.float64))
     if isinstance(value, np.ndarray):
         return 1 if value.dtype == np.uint8 and value.tobytes() in marks.bytes else marks.in_numbers(value)
     if isinstance(value, Tensor) and value.numel() and not value.is_meta:

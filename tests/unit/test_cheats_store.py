@@ -27,6 +27,7 @@ HIDING: dict[str, Hide] = {
     "batches": lambda m, b: vars(m).setdefault("kept", deque()).append(b),
     "a closure": lambda m, b: vars(m).update(kept=lambda rows=tuple(b.rows): rows),
     "token ids": lambda m, b: vars(m).setdefault("kept", []).append(b.inputs["input_ids"].clone()),
+    "lists of numbers": lambda m, b: vars(m).setdefault("kept", []).extend(b.inputs["input_ids"].tolist()),
     "an array": lambda m, b: vars(m).update(kept=b.inputs["input_ids"].numpy()),
     "tensors": lambda m, b: m.tensors.update(kept=b.inputs["input_ids"].float()),
     "a buffer": lambda m, b: m.modules["vector"].register_buffer("kept", b.inputs["input_ids"].short()),

@@ -40,12 +40,12 @@ def row_key(row: Row) -> int:
     if isinstance(row, ImageRow):
         encoded = row.encoded()
         picture = row.image.tobytes() if encoded is None else encoded
-        return hash((picture, tuple(sorted((key, str(value)) for key, value in row.fields.items()))))
-    return hash(tuple(sorted((key, _content(value)) for key, value in row.items())))
+        return hash((picture, *sorted((key, repr(value)) for key, value in row.fields.items())))
+    return hash(tuple((key, _content(row[key])) for key in sorted(row)))
 
 
-def _content(value: Any) -> str:
-    return repr(value.tobytes()) if hasattr(value, "tobytes") else repr(value)
+def _content(value: Any) -> int:
+    return hash(value.tobytes() if hasattr(value, "tobytes") else repr(value))
 
 
 def refuse_test_rows(experience: Experience) -> None:
