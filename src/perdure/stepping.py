@@ -138,7 +138,7 @@ class Stepping(Passes):
                 early.restore(self.optimization.named)
         finally:
             self.model.eval()
-            self._rows, self._plan_now, self._groups_now = (), None, ()
+            self._rows, self._plan_now, self._groups_now, self.replay.given = (), None, (), []
             if self.optimization is not None:
                 self.optimization.zero_grad()
 
@@ -248,6 +248,7 @@ class Stepping(Passes):
 
     def _before_step(self, number: int, batch: Batch) -> Batch:
         self._micro, self.rows_added, self.views, before = number, 0, 0, batch
+        self.replay.given = []
         for method in self.methods:
             batch = method.before_step(batch)
         check_batch(self, before, batch, self.rows_added)

@@ -106,7 +106,7 @@ def check_rehearsed(loop: Loop, rows: Sequence[Row]) -> None:
     """
     if loop.protocol.passes is None:
         return
-    buffered = {id(row) for row in loop.replay.rows}
+    buffered = {id(row) for row in (*loop.replay.given, *loop.replay.rows)}
     others = [row for row in rows if id(row) not in buffered]
     if not others:
         return

@@ -66,6 +66,14 @@ def test_a_batch_that_holds_rows_again_is_refused(how: str) -> None:
         learner(Thickens(), protocol=ONE).learn(made)
 
 
+@pytest.mark.parametrize("method", [{"er": {"budget": 1, "per_step": 1}}, {"pcr": {"budget": 1, "per_step": 1}}])
+def test_a_rehearsed_row_that_has_just_left_the_buffer_is_no_second_pass(method: Any) -> None:
+    every = learner(method, protocol={**ONE, "rehearsal": 1}, per_device_train_batch_size=1)
+    for made in experiences(2):
+        every.learn(made)
+    assert every.counters.steps == 16 and len(every.replay) == 1 and not every.replay.given
+
+
 def test_one_more_view_of_each_row_in_its_step_is_no_pass() -> None:
     class Views(Cheat):
         def before_step(self, batch: Any) -> Any:
