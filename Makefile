@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test lint speed docs clean
+.PHONY: install demo test lint speed docs ledger-check clean
 
 install: $(STAMP)
 
@@ -36,6 +36,10 @@ docs: install
 	$(BIN)/python -m perdure.evaluation.ledger docs/results.md results/ledger.jsonl
 	$(BIN)/python -m perdure.results results/ledger.jsonl
 	$(BIN)/python -m tests.conformance.matrix_page docs/hosts.md
+
+# The three cheapest rows, one seed of each; others: make ledger-check CHECK="--rows 5 --draw 2026-01-01"
+ledger-check: install
+	$(BIN)/python -m benchmarks.ledger_check $(CHECK)
 
 clean:
 	rm -rf $(VENV) runs build dist src/*.egg-info

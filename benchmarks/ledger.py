@@ -79,7 +79,7 @@ def main() -> None:
     )
     for line in comparison["warnings"]:
         print(f"warning: {line}", flush=True)
-    for row in rows_from_comparison(comparison, note=options.note):
+    for row in rows_from_comparison(comparison, note=options.note, run=[options.recipe, *options.overrides]):
         append(LEDGER, row)
     print(json.dumps({row["method"]: row["metrics"]["average_accuracy"] for row in comparison["rows"]}, indent=1))
     print(page)

@@ -56,6 +56,7 @@ def main() -> None:
         "characters": sum(len(row["text"]) for row in experience.train), "epochs": options.epochs,
         "valid_perplexity": learner.evaluate([experience], split="valid")[0],
         "seconds": round(time.perf_counter() - started, 1), "threads": torch.get_num_threads(),
+        "pretraining": {"data": "training text of shakespeare, as bytes", "seen": ["shakespeare"]},
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     if options.apn:

@@ -88,6 +88,7 @@ def main() -> None:
     path = options.folder / "facts.json"
     facts = json.loads(path.read_text()) if options.probe else pretrain(options)
     facts |= probe(options.folder) | {"shared_classes": SAME}
+    facts["pretraining"] = {"data": "100 classes of Tiny ImageNet, training images", "seen": list(SAME)}
     path.write_text(json.dumps(facts, indent=1))
     print(facts)
 

@@ -164,6 +164,14 @@ class TrainingConfig(Strict):
             )
         return self.epochs[experience]
 
+    def check_length(self, experiences: int) -> None:
+        """Raises BadInput where a list of passes is shorter or longer than the stream."""
+        if isinstance(self.epochs, list) and len(self.epochs) != experiences:
+            raise BadInput(
+                f"training.epochs: lists {len(self.epochs)} numbers, and the stream has {experiences} experience"
+                f"{'s' if experiences > 1 else ''}; give one number for each experience, or one for all"
+            )
+
 
 class ProbeConfig(Strict):
     """Scores between the boundaries, on the experiences met so far; the current one included."""
@@ -187,8 +195,13 @@ class ProtocolConfig(Strict):
     rehearsal: int = Field(0, ge=0)
     """Samples of past experiences that may be stored at any time."""
     rehearsal_bytes: int | None = Field(None, ge=0)
+    stored_bytes: int | None = Field(None, ge=0)
+    """Bytes that may be kept beside the frozen base, rehearsal included, measured on the saved state after each
+    experience; no limit when absent."""
     passes: int | None = Field(None, ge=1)
     """Training passes allowed over each experience; no limit when absent."""
+    tuning: Literal["none", "validation"] = "validation"
+    """Rows beside the training rows that may decide anything: none, or validation rows. Test rows never may."""
     mask: Literal["all", "seen", "current"] = "current"
     """Classes that compete in the training loss. Prediction is over the classes of `label_space`."""
     label_space: Literal["seen", "declared"] = "seen"

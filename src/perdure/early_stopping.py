@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .bookkeeping import quiet
-from .errors import BadInput
+from .errors import BadInput, ProtocolRefused
+from .streams.tuning import Withheld, refuse_test_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +30,11 @@ def check_early_stopping(methods: Sequence[Method], training: TrainingConfig, pr
     """Raises BadInput where there is no experience of its own to stop."""
     if training.early_stopping is None:
         return
+    if protocol.tuning == "none":
+        raise ProtocolRefused(
+            "protocol.tuning: is none, but training.early_stopping decides on validation rows when to end; set it to "
+            "validation, or remove early_stopping"
+        )
     if protocol.boundaries == "none":
         raise BadInput(
             "training.early_stopping: the stream has no boundaries, so no experience can be ended; remove it"
@@ -63,6 +69,7 @@ class EarlyStopping:
 
         Raises:
             BadInput: there are no validation rows.
+            ProtocolRefused: some of them are test rows.
         """
         if training.early_stopping is None:
             return None
@@ -71,6 +78,8 @@ class EarlyStopping:
                 f"training.early_stopping: experience {experience.name!r} has no validation rows; set "
                 "stream.validation or give them, or remove early_stopping"
             )
+        if not isinstance(experience.test, Withheld):  # else whoever withheld them has looked
+            refuse_test_rows(experience)
         return cls(training.early_stopping.every, training.early_stopping.patience)
 
     @property

@@ -22,12 +22,14 @@ from .data import Batch, Output, Row, Rows
 from .early_stopping import EarlyStopping
 from .errors import BadInput
 from .heads import Head
-from .loading import derived_seed, drawn
+from .holdings import Marks
+from .loading import derived_seed, drawn, granted
 from .loop import Loop
 from .memory.observe import RouterLog
 from .models import ASKED
-from .passes import features_of
+from .passes import features_of, without_answers
 from .streams.experience import Experience
+from .watch import check_scored_rows_gone, check_votes
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +76,16 @@ class Learner(Loop):
         if self.head is not None and not self.head.classes and not together:
             return 0.0
         allowed = self._allowed_at_test(experience)
-        total = torch.zeros(2, dtype=torch.float64)
+        total, voted = torch.zeros(2, dtype=torch.float64), False
         parts = []
         with quiet(self.model), torch.no_grad(), self.classes_encoded():
             for batch in self.scored_batches(experience, split, rows):
                 with self.autocast():
-                    output = self.forward(_without_answers(batch))
+                    asked = without_answers(batch)
+                    output = self.forward(asked)
+                    if not (voted or together or self.objective.writes) and len(batch) > 1:
+                        check_votes(self, asked, output)
+                        voted = True
                 if self.objective.writes:
                     total += _summed(self.objective.grade(batch.rows, output.texts, experience.name))  # type: ignore[attr-defined]
                     continue
@@ -89,7 +95,14 @@ class Learner(Loop):
                 total += self._score(batch, output, allowed)
             if together:
                 total += self._score(*self.objective.gathered(parts), None)
+        check_scored_rows_gone(self, self._marks(experience, split, rows), split, experience.name)
         return self.objective.finish(float(total[0]), int(total[1]))
+
+    def _marks(self, experience: Experience, split: str, rows: Rows) -> Marks:
+        key = (experience.hash, split)
+        if key not in self._marked:
+            self._marked[key] = Marks(self, granted(tuple(rows) if isinstance(rows, list) else rows))
+        return self._marked[key]
 
     def _score(self, batch: Batch, output: Output, allowed: Tensor | None) -> Tensor:
         return _summed(self.objective.score(batch, output, allowed))
@@ -146,7 +159,7 @@ class Learner(Loop):
         with quiet(self.model), torch.no_grad(), self.classes_encoded():
             for batch in self.batches(rows, unlabelled=True):
                 with self.autocast():
-                    logits = self.forward(_without_answers(batch)).logits
+                    logits = self.forward(without_answers(batch)).logits
                 assert logits is not None
                 found += [names[number] for number in among[logits[:, among].argmax(-1)].tolist()]
         return found
@@ -209,7 +222,8 @@ class Learner(Loop):
         return self
 
     def forget(self, write: int) -> Any:
-        """Takes one write back at the level the method declares (`Method.removal`).
+        """Takes one write back at the level the method declares (`Method.removal`). What of it stays all the same is
+        said under `left` in its record, `writes[write]`.
 
         Raises:
             BadInput: there is no such write, or the method cannot; `perdure undo` returns to an older state instead.
@@ -223,7 +237,9 @@ class Learner(Loop):
         if self.writes[write].get("forgotten"):
             raise BadInput(f"forget: write {write} ({self.writes[write]['name']}) was forgotten before")
         gone = [method.on_request("forget", {"write": write}) for method in self.methods]
-        self.writes[write] = {**self.writes[write], "forgotten": True}
+        left = [f"{method.name}: {what}" for method in self.methods for what in method.left_by_forget()]
+        left += [f"{self.head.name}: what the head learnt from it"] if self.head and not self.head.by_text else []
+        self.writes[write] = {**self.writes[write], "forgotten": True, "left": left}
         self.services.router_log.reset()  # items were renumbered
         if self.optimization is not None:
             self._optimize_anew(keep=self.optimization)
@@ -392,7 +408,8 @@ class Learner(Loop):
         """Settings and what is known about each part, for the report."""
         return self.settings() | {
             "details": [
-                {"name": m.name, "title": m.title, "status": m.status, "removal": m.removal} for m in self.methods
+                {"name": m.name, "title": m.title, "status": m.status, "removal": m.removal, "needs": sorted(m.needs)}
+                for m in self.methods
             ],
             "metric": self.objective.metric,
             "higher_is_better": self.objective.higher_is_better,
@@ -462,21 +479,6 @@ class Learner(Loop):
         self.position.experience = len(self.history)
         # What is learnt from here on must not draw again what the first experiences drew.
         self.generator.manual_seed(derived_seed(self.seed, "methods", len(self.writes)))
-
-
-def _without_answers(batch: Batch) -> Batch:
-    """What a method may see of rows that are scored or predicted."""
-    return replace(batch, labels=None, rows=[_question(row) for row in batch.rows])
-
-
-def _question(row: Row) -> Row:
-    kept = {key: value for key, value in row.items() if key not in ("label", "answer")}
-    if kept.get("messages") is not None:
-        turns = list(kept["messages"])
-        while turns and turns[-1]["role"] == "assistant":
-            turns.pop()
-        kept["messages"] = turns
-    return kept
 
 
 def _summed(parts: tuple[Tensor, Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 
 from .data import Batch, Row, Rows
 from .errors import BadInput
+from .streams.rows import CheckedRows, ImageRow
 
 FIELDS = ("text", "image", "label", "prompt", "answer", "messages")
 """What a row may carry into a batch. Other fields of a file (a domain, a date, a task) never reach a method."""
@@ -100,9 +101,11 @@ def make_batch(
 
 def canonical(row: Row) -> Row:
     """The row with no other than the canonical fields; what is no row is left for the check that says so."""
-    if not isinstance(row, Mapping):
+    if not isinstance(row, Mapping) or all(key in FIELDS for key in row):
         return row
-    return row if all(key in FIELDS for key in row) else {key: row[key] for key in FIELDS if key in row}
+    if isinstance(row, ImageRow):  # stays to be decoded when it is read
+        return ImageRow({key: value for key, value in row.fields.items() if key in FIELDS}, row.source, row.where)
+    return {key: row[key] for key in FIELDS if key in row}
 
 
 def evenly(rows: Rows, most: int) -> Rows:
@@ -125,8 +128,13 @@ def take(rows: Rows, numbers: Sequence[int]) -> list[Row]:
     return [canonical(rows[max(number, 0)]) for number in numbers]
 
 
+def granted(rows: Rows, labels: Sequence[str] = ()) -> Rows:
+    """Checked rows as a method may see them; those in memory are cut at once: no other field is within reach."""
+    return CheckedRows(map(canonical, rows)) if isinstance(rows, tuple) else Granted(rows, labels)
+
+
 class Granted(Sequence):
-    """Rows as a method may see them, cut to the canonical fields when they are read.
+    """Rows that are read from disk when their turn comes, cut to the canonical fields then.
 
     Args:
         rows: checked rows.

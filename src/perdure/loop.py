@@ -32,7 +32,7 @@ from .early_stopping import EarlyStopping, check_early_stopping
 from .errors import BadInput
 from .heads import Head
 from .hosts import Host
-from .loading import Granted, Plan, derived_seed
+from .loading import Plan, derived_seed, granted
 from .methods import Method
 from .protocol import check_granted
 from .replay import ReplayBuffer
@@ -40,6 +40,7 @@ from .services import Services
 from .state import generator_state, set_generator_state
 from .stepping import Stepping
 from .streams.experience import Experience
+from .watch import OwnPasses, check_bytes, check_kept, check_sampler
 
 
 class System(nn.Module):
@@ -126,9 +127,9 @@ class Loop(Stepping):
         samples = sys.maxsize if everything else max(method.requires_rehearsal() for method in self.methods)
         limit = None if everything else self.protocol.rehearsal_bytes
         self.replay = ReplayBuffer(samples, limit, generator=self.generator)
-        self.services = Services(self)
+        self.services, self.own_passes = Services(self), OwnPasses(self)
         self.optimization = None
-        self._features = {}
+        self._features, self._marked = {}, {}
         self.current = None
         self._original = Original(self.host)
         try:
@@ -149,6 +150,7 @@ class Loop(Stepping):
         check_routing(self.methods)
         self.system = System(self).to(self.device).eval()
         self._held = hold(self.model, self.methods)
+        check_bytes(self, "before anything is learnt")
 
     def refuse_detached(self) -> None:
         """Raises BadInput after `detach`: the model is no longer what was learnt."""
@@ -269,10 +271,12 @@ class Loop(Stepping):
 
     def _learn(self, experience: Experience, on_step: Callable[[Any, dict[str, float]], None] | None) -> None:
         grew, resumed = False, self.position.phase == "train"
+        seen, name = self._withheld(experience), experience.name
         if resumed:
-            self.current = experience
+            self.current = seen
         else:
-            grew = self._begin(experience)
+            grew = self._begin(experience, seen)
+        experience = seen
         rows = self._training_rows(experience, resumed)
         if len(rows):
             plan = self._plan(rows)
@@ -283,9 +287,10 @@ class Loop(Stepping):
                 keep_features(self, rows)
             self._train(rows, plan, on_step)
             self._end(experience, rows)
-        self._leave()
         self._forget_features(experience)
         self.tick()
+        check_kept(self, experience.train, name)
+        self._leave()
 
     def _leave(self) -> None:
         self.position, self._early = Position(self.position.experience + 1, 0, "boundary"), None
@@ -316,14 +321,25 @@ class Loop(Stepping):
         """Whether methods are told that the next experience begins; the first one they always see."""
         return self.protocol.boundaries == "train" or not self.history
 
-    def _begin(self, experience: Experience) -> bool:
+    def _withheld(self, experience: Experience) -> Experience:
+        """What the loop goes on with: test rows, an ungranted task id, the name that may say it and fields that no
+        method may see are then within no plug-in's reach, whatever it looks into.
+        """
+        known = self.protocol.task_id != "none"
+        return replace(
+            experience, train=granted(experience.train, experience.classes), test=(),
+            valid=granted(experience.valid), task=experience.task if known else None,
+            name=experience.name if known else f"experience {self.position.experience}",
+        )  # fmt: skip
+
+    def _begin(self, experience: Experience, seen: Experience) -> bool:
         labels = self._label_names(experience)
         self.objective.check(experience.train, self.processor)
         self._refuse_undeclared(labels)
         told = self._tells
         if told and self.history and any("old_model" in method.needs for method in self.methods):
             self.services.remember_model()  # before the heads grow
-        self.current, self._asked = experience, None
+        self.current, self._asked = seen, None
         grew = self._see(labels)
         self.history.append(Past(experience.index, experience.name, labels, experience.hash))
         self.writes.append(
@@ -332,8 +348,9 @@ class Loop(Stepping):
         self._early = EarlyStopping.of(self.training, experience) if self._pretraining is None else None
         if told:
             self.services.router_log.reset()  # what it counts is this experience
-            for method in self.methods:
-                method.before_experience(self._as_granted(experience))
+            with self.own_passes.watched():
+                for method in self.methods:
+                    method.before_experience(_for_methods(seen))
             self.system.to(self.device)
         self._hold_class_texts()
         self.position = Position(self.position.experience, 0, "train")
@@ -355,12 +372,6 @@ class Loop(Stepping):
                 )
         return list(names)
 
-    def _as_granted(self, experience: Experience) -> Experience:
-        """The experience as methods see it: no test rows, canonical fields only, the task id where it is granted."""
-        task = experience.task if self.protocol.task_id != "none" else None
-        rows = Granted(experience.train, experience.classes)
-        return replace(experience, train=rows, test=(), valid=(), task=task)
-
     def _training_rows(self, experience: Experience, resumed: bool) -> Rows:
         """What the methods choose to train on; asked again after a resume, they draw what they drew before."""
         rows: Rows = experience.train
@@ -373,9 +384,10 @@ class Loop(Stepping):
         else:
             self._asked = now
         for method in choosing:
-            chosen = method.sampler(self._as_granted(experience))
+            chosen = method.sampler(_for_methods(experience))
             if chosen is not None:
                 rows = chosen
+        check_sampler(self, experience.train, rows, self._epochs)
         if resumed:
             set_generator_state(self.generator, now)
         return rows
@@ -385,22 +397,25 @@ class Loop(Stepping):
         """How the host as a whole trains in this experience; None where a method adapts it."""
         return next((method.config.pretrain for method in self.methods if method.pretrains), None)
 
+    @property
+    def _epochs(self) -> int:
+        own = None if self._pretraining is None else self._pretraining.epochs
+        return self.training.epochs_of(self.position.experience) if own is None else own
+
     def _plan(self, rows: Rows) -> Plan:
         t = self.training
-        pretrain = self._pretraining
-        own = None if pretrain is None else pretrain.epochs
-        epochs = t.epochs_of(self.position.experience) if own is None else own
         return Plan(
             len(rows), t.per_device_train_batch_size, t.gradient_accumulation_steps, self.accelerator.num_processes,
-            self.accelerator.process_index, epochs, t.max_steps,
+            self.accelerator.process_index, self._epochs, t.max_steps,
             derived_seed(self.seed, "experience", self.position.experience),
         )  # fmt: skip
 
     def _end(self, experience: Experience, rows: Rows) -> None:
         self.model.eval()
         if self.protocol.boundaries == "train" or experience.last:
-            for method in self.methods:
-                method.after_experience(self._as_granted(experience))
+            with self.own_passes.watched():
+                for method in self.methods:
+                    method.after_experience(_for_methods(experience))
         if self.head is not None and (self.head.closed_form or self.head.fits):
             self._fit_head(experience, rows)
 
@@ -431,6 +446,11 @@ class Loop(Stepping):
                 assert output.features is not None and batch.labels is not None
                 head.update(output.features.float(), batch.labels)
         head.end_fit()
+
+
+def _for_methods(seen: Experience) -> Experience:
+    """Validation rows judge a method, which learns from the others alone."""
+    return replace(seen, valid=())
 
 
 def _accelerator() -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .assembly import caches_features
 from .bookkeeping import Unlearnt, quiet
-from .data import Batch, Rows
+from .data import Batch, Row, Rows
 from .errors import BadInput
 from .loading import make_batch, take
 from .memory.observe import RouterLog, observing
@@ -20,6 +20,7 @@ from .memory.observe import RouterLog, observing
 if TYPE_CHECKING:
     from .config import ProtocolConfig, TrainingConfig
     from .heads import Head
+    from .holdings import Marks
     from .hosts import Host
     from .methods import Method
     from .objectives import Objective
@@ -45,6 +46,7 @@ class Passes:
     accelerator: Any
     services: Services
     _features: dict[tuple[str, str], Tensor]
+    _marked: dict[tuple[str, str], Marks]
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +94,8 @@ class Passes:
             return
         features = self._cached_features(experience, split, rows)
         ids = torch.tensor([labels[str(row["label"])] for row in rows])
-        yield self.with_task(Batch({}, ids, rows, features=features).to(self.device), task)
+        picked = take(rows, range(len(rows)))
+        yield self.with_task(Batch({}, ids, picked, features=features).to(self.device), task)
 
     def with_task(self, batch: Batch, task: int | None) -> Batch:
         """The batch with the task id of each row; as it is where there is none."""
@@ -105,8 +108,8 @@ class Passes:
         if key not in self._features:
             with quiet(self.model), torch.no_grad(), self.autocast():
                 self._features[key] = torch.cat([
-                    features_of(self.objective.forward(self.model, None, batch, self.pooling))
-                    for batch in self.batches(rows, Unlearnt(self.labels))
+                    features_of(self.objective.forward(self.model, None, without_answers(batch), self.pooling))
+                    for batch in self.batches(rows, unlabelled=True)
                 ])  # fmt: skip
         return self._features[key]
 
@@ -157,3 +160,18 @@ class Passes:
 
 def features_of(output: Any) -> Tensor:
     return output.features.float().cpu()
+
+
+def without_answers(batch: Batch) -> Batch:
+    """What a method may see of rows that are scored or predicted."""
+    return replace(batch, labels=None, rows=[_question(row) for row in batch.rows])
+
+
+def _question(row: Row) -> Row:
+    kept = {key: value for key, value in row.items() if key not in ("label", "answer")}
+    if kept.get("messages") is not None:
+        turns = list(kept["messages"])
+        while turns and turns[-1]["role"] == "assistant":
+            turns.pop()
+        kept["messages"] = turns
+    return kept

@@ -104,6 +104,7 @@ def check_granted(methods: Sequence[Method], protocol: ProtocolConfig, training:
             "that it could reach; set it to constant"
         )
     for method in methods:
+        method.check_protocol(protocol)
         if "task_id" in method.needs and protocol.task_id == "none":
             raise ProtocolRefused(f"protocol.task_id: is none, but {method.name} needs it; set it to train or test")
         if "task_id_at_test" in method.needs and protocol.task_id != "test":
@@ -117,6 +118,12 @@ def check_granted(methods: Sequence[Method], protocol: ProtocolConfig, training:
             raise ProtocolRefused(
                 f"protocol.boundaries: is none, but method.{method.name}.pretrain must know where the first experience "
                 "ends; set it to train or remove pretrain"
+            )
+        pretrain = getattr(method.config, "pretrain", None)
+        if protocol.passes is not None and pretrain is not None and (pretrain.epochs or 0) > protocol.passes:
+            raise ProtocolRefused(
+                f"method.{method.name}.pretrain.epochs: is {pretrain.epochs}, but the protocol grants "
+                f"{protocol.passes} pass(es) over each experience; lower it or raise protocol.passes"
             )
         wanted = method.requires_rehearsal()
         if wanted > protocol.rehearsal:

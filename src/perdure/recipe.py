@@ -20,13 +20,14 @@ from .config import ProtocolConfig, Strict, TrainingConfig
 from .errors import BadInput
 from .models import ModelSource
 from .presets import PRESETS
+from .pretraining import Pretraining
 from .protocol import check_drift, check_granted, check_head, check_list
 from .recipe_layers import BLOCKS, DEFAULTS, apply_arm, head_name, holds, mark, set_value, split_override
 from .registry import HEADS, METHODS, OBJECTIVES
 from .streams import StreamConfig
 
 RECIPES = Path(__file__).parent / "recipes"
-LABELS = ("name", "description", "arm", "arms", "tuning", "output_dir")
+LABELS = ("name", "description", "arm", "arms", "tuning", "pretraining", "output_dir")
 """Keys that do not change what a run computes."""
 RECIPE_FILE, REPORT_FILE, PAGE_FILE = "recipe.yaml", "report.json", "report.html"
 """In the folder of a run; of a comparison the page too."""
@@ -82,6 +83,9 @@ class Recipe(Strict):
     tuning: dict[str, Any] = Field(default_factory=dict)
     """How the arms' rates were found: grid, trials, the data they were judged on; `equal: true` declares that every
     arm had the same grid and number of trials, which a comparison's page then says."""
+
+    pretraining: Pretraining | None = None
+    """What the backbone may have seen; what is known of the model when absent."""
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
     _base: dict[str, Any] = PrivateAttr(default_factory=dict)

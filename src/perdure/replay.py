@@ -44,6 +44,8 @@ class ReplayBuffer:
         self.seen = 0
         self.refused = 0
         self.nbytes = 0
+        self.given: list[Row] = []
+        """Rows sampled in the step at work, which the buffer may have let go since."""
         self._rows: list[Row] = []
         self._labels: list[str] = []
         self._sizes: list[int] = []
@@ -156,7 +158,9 @@ class ReplayBuffer:
         if generator is None:
             raise ValueError("replay buffer: sampling needs a generator")
         order = torch.randperm(len(self._rows), generator=generator, device=generator.device)
-        return [self._rows[i] for i in order[:n].tolist()]
+        chosen = [self._rows[i] for i in order[:n].tolist()]
+        self.given += chosen
+        return chosen
 
     # ---- state
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

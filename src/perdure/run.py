@@ -180,7 +180,7 @@ class Run:
         if self.stream.length is None:
             raise BadInput("stream: is unbounded; `perdure run` needs an end, use Learner.partial_fit for live data")
         self.length: int = self.stream.length
-        recipe.training.epochs_of(self.length - 1)  # a list of them must be long enough
+        recipe.training.check_length(self.length)
         ((objective, _),) = OBJECTIVES.parse(recipe.objective, "objective")
         if recipe.training.num_threads:
             torch.set_num_threads(recipe.training.num_threads)
@@ -189,8 +189,7 @@ class Run:
         self.base_hash = model_hash(dict(model.state_dict()))
         self.learner = Learner(
             model, processor, method=recipe.method, head=recipe.head, objective=recipe.objective,
-            training=recipe.training, protocol=recipe.protocol, seed=recipe.seed,
-            classes=list(self.stream.classes) if self.stream.classes else None,
+            training=recipe.training, protocol=recipe.protocol, seed=recipe.seed, classes=self._declared(),
         )  # fmt: skip
         self._check_rows()
         self.store: StateStore
@@ -207,6 +206,13 @@ class Run:
         self.probing = None if probe is None else Probing(probe)
         self.environment = environment(self.learner.device)
         self.notes: list[str] = []
+
+    def _declared(self) -> list[str] | None:
+        """The stream's classes where the protocol declares them in advance; the stream itself checks its labels."""
+        protocol = self.recipe.protocol
+        if self.stream.classes and (protocol.mask == "all" or protocol.label_space == "declared"):
+            return list(self.stream.classes)
+        return None
 
     def _check_rows(self) -> None:
         """A wrong row of the last experience is found now, not after hours. Images are read when their turn comes."""

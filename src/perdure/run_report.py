@@ -49,16 +49,25 @@ def _details(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
         "arm": run.recipe.label,
         "method": [
             {"name": m.name, "title": m.title, "config": m.config.model_dump(mode="json"), "status": m.status,
-             "removal": m.removal} for m in learner.methods
+             "removal": m.removal, "needs": sorted(m.needs)} for m in learner.methods
         ],
         "head": settings["head"],
         "objective": settings["objective"],
         "model": {**run.model_facts, "hash": run.base_hash},
         "stream": run.stream.describe(),
         "tuning": run.recipe.tuning,
+        "pretraining": _overlap(run),
         "router_history": run.router_history,
         "writes": learner.writes,
     }  # fmt: skip
+
+
+def _overlap(run: Run) -> dict[str, Any]:
+    from .pretraining import overlap, pretraining_of
+
+    every = [run.stream.experience(index) for index in range(run.length)]
+    known = run.recipe.pretraining or pretraining_of(run.recipe.model)
+    return overlap(known, [name for each in every for name in each.classes], [each.name for each in every])
 
 
 def _plasticity(run: Run) -> dict[str, float]:
@@ -75,6 +84,9 @@ def _plasticity(run: Run) -> dict[str, float]:
 
 
 def _cost(run: Run) -> dict[str, float]:
+    from .holdings import unsaved_bytes
+    from .replay import row_bytes
+
     learner, counters = run.learner, run.learner.counters
     return {
         "seconds": counters.seconds, "evaluation_seconds": run.evaluation_seconds,
@@ -82,6 +94,7 @@ def _cost(run: Run) -> dict[str, float]:
         "total_parameters": sum(p.numel() for p in learner.system.parameters()),
         "stored_bytes": learner.stored_bytes(), "steps": counters.steps, "samples": counters.samples,
         "extra_passes": counters.extra_passes, "extra_rows": counters.extra_rows,
+        "rehearsal_bytes": sum(map(row_bytes, learner.replay.rows)), "unsaved_bytes": unsaved_bytes(learner),
         **({} if run.probing is None else {"probe_seconds": run.probing.seconds}),
     }  # fmt: skip
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .errors import ProtocolRefused
 from .gathering import gather_rows, processes
 from .memory.observe import RouterLog, observing
 from .memory.protect import InputMoments
 from .replay import pack
+from .watch import check_rehearsed, check_views
 
 if TYPE_CHECKING:
     from .data import Batch, Output, Row, Rows
@@ -80,9 +82,22 @@ class Services:
         """True if the loss at a token asks for the next one, so that nothing later in the text may reach it."""
         return self._loop.objective.predicts_tokens
 
+    def _refuse_untold(self, fact: str, instead: str) -> None:
+        if not self.knows_boundaries:
+            raise ProtocolRefused(
+                f"protocol.boundaries: is none, but a method asks for {fact}, which tells where an experience begins; "
+                f"{instead}"
+            )
+
     @property
     def write_id(self) -> int:
-        """Id of the write under way, for ownership of bank items."""
+        """Id of the write under way, for ownership of bank items.
+
+        Raises:
+            ProtocolRefused: boundaries are not told, and no method of the list declares `write_ids` in `needs`.
+        """
+        if not any("write_ids" in method.needs for method in self._loop.methods):
+            self._refuse_untold("write_id", "a method whose items must have an owner says write_ids in `needs`")
         return len(self._loop.writes) - 1
 
     @property
@@ -96,7 +111,8 @@ class Services:
 
     @property
     def first_epoch(self) -> bool:
-        """True while the rows of the current experience are seen for the first time."""
+        """True while the rows of the current experience are seen for the first time; refused without boundaries."""
+        self._refuse_untold("first_epoch", "`remember` takes rows in their first pass alone, whenever it is called")
         return self._loop.epoch == 0
 
     @property
@@ -106,12 +122,14 @@ class Services:
 
     @property
     def experience_step(self) -> int:
-        """Optimizer steps taken in the current experience, this one not counted."""
+        """Optimizer steps taken in the current experience, this one not counted; refused without boundaries."""
+        self._refuse_untold("experience_step", "use `step`")
         return self._loop.position.step
 
     @property
     def steps_planned(self) -> int:
-        """Optimizer steps that the current experience takes in all."""
+        """Optimizer steps that the current experience takes in all; refused without boundaries."""
+        self._refuse_untold("steps_planned", "an unbounded stream has no end to plan for")
         return self._loop.steps_planned
 
     def rate(self, parameter: nn.Parameter) -> float:
@@ -144,20 +162,27 @@ class Services:
     def remember(self, batch: Batch, **kept: Tensor) -> None:
         """Offers the batch's rows to the replay buffer; of several processes all rows, so that the buffers agree.
 
+        Each row once: later passes over an experience offer nothing.
+
         `kept` [B, n] are vectors that each row takes along under that name (`replay.unpack` reads them); their bytes
         count.
         """
+        if self._loop.epoch:
+            return
         if not kept:
             self.replay.add(*self._loop.rows_everywhere(batch))
             return
         assert batch.index is not None
-        numbers = gather_rows(batch.index.to(self.device), fill=-1)
+        own = batch.index.clone()
+        if not self.knows_boundaries:  # the batch itself does not say where its rows stand
+            own[: len(self._loop.numbers_now)] = torch.tensor(self._loop.numbers_now)
+        numbers = gather_rows(own.to(self.device), fill=-1)
         chosen = (numbers >= 0).nonzero()[:, 0].tolist()  # neither rehearsed rows nor fillers
         positions = numbers[chosen].tolist()
         columns = {name: gather_rows(values.detach()).cpu() for name, values in kept.items()}
-        own = [batch.rows[i] for i in chosen] if processes() == 1 else self._loop.rows_of(positions)
+        shown = [batch.rows[i] for i in chosen] if processes() == 1 else self._loop.rows_of(positions)
         rows = [
-            {**row, **{name: pack(c[i]) for name, c in columns.items()}} for i, row in zip(chosen, own, strict=True)
+            {**row, **{name: pack(c[i]) for name, c in columns.items()}} for i, row in zip(chosen, shown, strict=True)
         ]
         self.replay.add(rows, positions)
 
@@ -165,7 +190,14 @@ class Services:
         """The batch with `rows` from the buffer appended and marked as rehearsed.
 
         Of several processes each takes its share: all must pass the same rows.
+
+        Raises:
+            ProtocolRefused: rows of the current experience that are not in the buffer, where passes are limited.
         """
+        check_rehearsed(self._loop, rows)
+        return self._with(batch, rows)
+
+    def _with(self, batch: Batch, rows: Sequence[Row]) -> Batch:
         from .loading import derived_seed, joined, make_batch
         from .processors import pad_id, tokenizer_of
 
@@ -182,11 +214,18 @@ class Services:
         old = len(batch)
         before = batch.rehearsed if batch.rehearsed is not None else torch.zeros(old, dtype=torch.bool)
         longer = joined(batch, more, pad)
+        self._loop.rows_added += len(mine)
         return replace(longer, rehearsed=torch.cat([before, torch.ones(len(mine), dtype=torch.bool)]))
 
     def repeat(self, batch: Batch) -> Batch:
-        """The batch with its own rows once more, each augmented anew; the copies count as rehearsed."""
-        return self.extend(batch, self._loop.rows_everywhere(batch)[0])
+        """The batch with its own rows once more, each augmented anew; the copies count as rehearsed.
+
+        Raises:
+            ProtocolRefused: asked a second time in one step, where passes are limited.
+        """
+        self._loop.views += 1
+        check_views(self._loop, self._loop.views)
+        return self._with(batch, self._loop.rows_everywhere(batch)[0])
 
     # ---- passes
     def count(self, rows: int, passes: int = 0) -> None:
@@ -194,6 +233,10 @@ class Services:
         loop = self._loop
         loop.counters.extra_passes += passes
         loop.counters.extra_rows += rows * loop.accelerator.num_processes
+
+    def count_in_step(self, rows: int) -> None:
+        """Counts rows of this process that a method runs through the host in every step: one pass an experience."""
+        self.count(rows, int(self._loop.begins))
 
     def capture(self, sites: Sequence[Site], rows: Rows) -> dict[str, InputMoments]:
         """Second moments of layer inputs over real tokens, by site name.
@@ -259,7 +302,7 @@ class Services:
         try:
             for _, parameter in named:
                 parameter.requires_grad_(True)
-            with quiet(loop.model), torch.enable_grad():
+            with quiet(loop.model), torch.enable_grad(), loop.own_passes.expected():
                 output = loop.system(batch, True)
                 if loss is not None:
                     value = loss(batch, output)

@@ -19,6 +19,7 @@ from .loading import Plan, Prefetch, derived_seed, make_batch, take, without_fil
 from .methods import Method
 from .optim import Optimization
 from .passes import Passes
+from .watch import OwnPasses, check_batch
 
 if TYPE_CHECKING:
     from .bookmark import Bookmark
@@ -43,6 +44,12 @@ class Stepping(Passes):
     _clock: float = 0.0
     _finite: Tensor | None = None
     _micro: int = 0
+    _groups_now: Sequence[list[int]] = ()
+    own_passes: OwnPasses
+    rows_added: int = 0
+    """Rows that services have appended to the micro-batch at work."""
+    views: int = 0
+    """How often its own rows were repeated."""
     _step_classes: Tensor | None = None
     _rows: Rows = ()
     _plan_now: Plan | None = None
@@ -105,15 +112,15 @@ class Stepping(Passes):
         features = self._cached_features(self.current, "train", rows) if self.caches_features else None
         self._rows, self._plan_now, begin = rows, plan, self.position.step
 
-        def prepare() -> Iterator[list[Batch]]:
+        def prepare() -> Iterator[tuple[list[list[int]], list[Batch]]]:
             for step, groups in plan.from_step(begin):
-                yield [self._prepare(rows, numbers, step, features) for numbers in groups]
+                yield groups, [self._prepare(rows, numbers, step, features) for numbers in groups]
 
         self.model.train(not self.caches_features)
         early = self._early
         try:
             with Prefetch(prepare) as batches:
-                for micro_batches in batches:
+                for self._groups_now, micro_batches in batches:
                     if early is not None and early.over:
                         break
                     logged = self.counters.steps % self.training.logging_steps == 0
@@ -131,9 +138,24 @@ class Stepping(Passes):
                 early.restore(self.optimization.named)
         finally:
             self.model.eval()
-            self._rows, self._plan_now = (), None
+            self._rows, self._plan_now, self._groups_now, self.replay.given = (), None, (), []
             if self.optimization is not None:
                 self.optimization.zero_grad()
+
+    @property
+    def training_rows(self) -> Rows:
+        """Rows that the current experience trains on."""
+        return self._rows
+
+    @property
+    def numbers_now(self) -> list[int]:
+        """Positions in the experience of this process's own rows of the micro-batch at work; -1 for a filler."""
+        return self._groups_now[self._micro] if self._groups_now else []
+
+    @property
+    def begins(self) -> bool:
+        """Whether the micro-batch at work is the first of its experience."""
+        return self.position.step == 0 and self._micro == 0
 
     def tick(self) -> None:
         """Adds the time since the last tick to the counted seconds."""
@@ -157,6 +179,8 @@ class Stepping(Passes):
             batch = make_batch(self.objective, self.processor, picked, known, numbers, training=True, seeds=seeds)
         if self.protocol.task_id != "none" and self.current is not None and self.current.task is not None:
             batch = replace(batch, task=torch.full((len(numbers),), self.current.task))
+        if self.protocol.boundaries == "none":  # positions that begin again tell where something new begins
+            batch = replace(batch, index=torch.tensor([min(number, 0) for number in numbers]))
         return without_fillers(batch, numbers)
 
     def rows_everywhere(self, batch: Batch) -> tuple[Rows, Tensor | Sequence[int] | None]:
@@ -180,11 +204,13 @@ class Stepping(Passes):
     # ---- one step
     def _step(self, micro_batches: list[Batch], plan: Plan, logged: bool) -> dict[str, float]:
         assert self.optimization is not None and self.wrapped is not None
-        micro_batches = [self._before_step(number, batch) for number, batch in enumerate(micro_batches)]
+        with self.own_passes.watched():
+            micro_batches = [self._before_step(number, batch) for number, batch in enumerate(micro_batches)]
         counts, total = self._counts(micro_batches)
         self._step_classes = self._classes_of(micro_batches)
         log: dict[str, Tensor] = {}
         for number, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
+            self._micro = number
             batch = batch.to(self.device)
             last = number == len(micro_batches) - 1
             synchronise = nullcontext() if last or self._world == 1 else self.accelerator.no_sync(self.wrapped)
@@ -196,8 +222,9 @@ class Stepping(Passes):
                 self._refuse_non_finite(loss, "loss", log)
                 self.accelerator.backward(loss)
         optimization = self.optimization
-        for method in self.methods:
-            method.after_backward()
+        with self.own_passes.watched():
+            for method in self.methods:
+                method.after_backward()
         norm = optimization.clip()
         if norm is not None:
             self._refuse_non_finite(norm, "gradient norm", log)
@@ -206,12 +233,13 @@ class Stepping(Passes):
         # Without boundaries the optimizer goes on from one to the next, and its warm-up with it.
         taken = self.counters.steps if self.protocol.boundaries == "none" else self.position.step
         optimization.step(taken, plan.steps)
-        with torch.no_grad():
+        with torch.no_grad(), self.own_passes.watched():
             for method in self.methods:
                 method.after_update(before)
         optimization.zero_grad()
-        for method in self.methods:
-            method.after_step()
+        with self.own_passes.watched():
+            for method in self.methods:
+                method.after_step()
         return self._shown(log) if logged else {}
 
     @property
@@ -219,9 +247,11 @@ class Stepping(Passes):
         return self.accelerator.num_processes
 
     def _before_step(self, number: int, batch: Batch) -> Batch:
-        self._micro = number
+        self._micro, self.rows_added, self.views, before = number, 0, 0, batch
+        self.replay.given = []
         for method in self.methods:
             batch = method.before_step(batch)
+        check_batch(self, before, batch, self.rows_added)
         return batch
 
     def _loss(self, batch: Batch, output: Output, total: float, share: float, log: dict[str, Tensor]) -> Tensor:
@@ -234,15 +264,17 @@ class Stepping(Passes):
         owner = next((method for method in self.methods if method.criterion is not None), None)
         if owner is not None:
             assert owner.criterion is not None
-            summed, _ = owner.criterion(batch, output)
+            with self.own_passes.watched():
+                summed, _ = owner.criterion(batch, output)
         else:
             allowed = self.allowed(batch, output.logits) if output.logits is not None else None
             loss = self.objective.loss if self._world == 1 else self.objective.loss_among
             summed, _ = loss(batch, output, allowed)
         parts = {"loss": summed / max(total, 1.0)}
-        for method in self.methods:
-            for name, extra in method.losses(batch, output).items():
-                parts[f"{method.name}.{name}"] = extra * share
+        with self.own_passes.watched():
+            for method in self.methods:
+                for name, extra in method.losses(batch, output).items():
+                    parts[f"{method.name}.{name}"] = extra * share
         for name, value in parts.items():
             log[name] = log[name] + value.detach() if name in log else value.detach()
         return sum(parts.values(), torch.zeros((), device=summed.device)) * self._world

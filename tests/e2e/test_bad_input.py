@@ -56,6 +56,8 @@ SETTINGS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("training.learning_rate", -1, ("training.learning_rate", "-1")),
     ("training.learning_rate", "fast", ("training.learning_rate", "'fast'")),
     ("training.learning_rte", 1, ("training.learning_rte", "did you mean 'learning_rate'")),
+    ("training.epochs", [1, 1], ("training.epochs", "lists 2", "3 experiences", "one for all")),
+    ("training.epochs", [1, 1, 1, 2], ("training.epochs", "lists 4", "3 experiences", "one for all")),
     ("protocol.mask", "some", ("protocol.mask", "'some'")),
     ("seed", -1, ("seed", "-1")),
     ("model", "no/such/folder", ("model", "no/such/folder")),
@@ -83,7 +85,7 @@ def test_settings_that_cannot_be_honoured(tmp_path, capsys, key, value, words):
 def test_options_that_the_method_cannot_honour_on_this_stream(tmp_path, capsys):
     free: dict[str, Any] = {"protocol": {"boundaries": "none"}, "training": {"lr_scheduler": "constant"}}
     recipe = tiny.settings(tmp_path, {"moram": tiny.MORAM}, **free)
-    refused(tmp_path, capsys, recipe, "method.moram.grow_every", "boundaries")  # known only when learning begins
+    refused(tmp_path, capsys, recipe, "method.moram.grow_every", "boundaries")
     recipe["method"] = {"moram": {**tiny.MORAM, "grow_every": 2, "protect": {"inputs": 0.5}}}
     refused(tmp_path, capsys, recipe, "method.moram.protect", "boundaries")
     for option in ({"first_only": True}, {"grow": True}, {"protect": {"inputs": 0.5}}):

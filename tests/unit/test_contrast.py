@@ -143,10 +143,27 @@ def test_contrast_and_protection_together() -> None:
         assert float((found @ basis).norm()) < 1e-5 * float(found.norm()) + 1e-7
 
 
+def test_forgetting_leaves_the_moments_and_says_so() -> None:
+    """They are sums over experiences, so that one cannot be taken out; whoever asks to forget must be told."""
+    made = cases.experiences("bert")
+    learner = cases.build_learner("bert", {"moram": {**SPEC["moram"], "protect": {"inputs": 0.5}}})
+    for experience in made[:2]:
+        learner.learn(experience)
+    moments = {name: tensor.clone() for name, tensor in learner.methods[0].tensors.items()}
+    assert learner.forget(0)[0] > 0
+    assert all(torch.equal(tensor, moments[name]) for name, tensor in learner.methods[0].tensors.items())
+    told = learner.writes[0]["left"]
+    assert len(told) == 2 and "second moments" in told[0] and "protect and keys: contrast" in told[0]
+    assert "cosine" in told[1] and "left" not in learner.writes[1]
+    plain = cases.build_learner("bert", {"moram": {"rank": 2, "top_k": 2}})
+    plain.learn(made[0])
+    plain.forget(0)
+    assert plain.writes[0]["left"] == ["cosine: what the head learnt from it"]
+
+
 def test_a_stream_without_boundaries_has_nothing_old() -> None:
-    learner = Learner(
-        *cases.build_host("bert"), method={"moram": {**SPEC["moram"], "grow_every": 3}},
-        objective={"classification": {"max_length": 32}}, protocol={"boundaries": "none"},
-    )  # fmt: skip
     with pytest.raises(BadInput, match=r"method\.moram\.keys: contrast needs boundaries"):
-        learner.learn(cases.experiences("bert")[0])
+        Learner(
+            *cases.build_host("bert"), method={"moram": {**SPEC["moram"], "grow_every": 3}},
+            objective={"classification": {"max_length": 32}}, protocol={"boundaries": "none"},
+        )  # fmt: skip

@@ -66,9 +66,11 @@ def test_every_page_is_about_a_method() -> None:
     assert {page.stem for page in (DOCS / "methods").glob("*.md")} == set(NAMES)
 
 
-@pytest.mark.parametrize("block", [TrainingConfig, ProtocolConfig])
-def test_every_setting_of_training_and_protocol_is_explained(block: type[TrainingConfig | ProtocolConfig]) -> None:
-    text = (DOCS / "training.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("block", "page"), [(TrainingConfig, "training.md"), (ProtocolConfig, "protocol.md")])
+def test_every_setting_of_training_and_protocol_is_explained(
+    block: type[TrainingConfig | ProtocolConfig], page: str
+) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
     assert [field for field in block.model_fields if f"`{field}`" not in text] == []
 
 

@@ -304,6 +304,6 @@ def test_bad_settings_and_rows_are_refused() -> None:
             build([LORA, {"ewc": settings}])
     learner = cases.build_learner("clip", [LORA, "ewc"])
     rows = [{"image": np.zeros((8, 8, 3), np.uint8), "text": f"a {n}"} for n in range(4)]
-    with pytest.raises(BadInput, match=r"method\.ewc: experience 'e' has rows with captions, and one alone has no"):
+    with pytest.raises(BadInput, match=r"method\.ewc: the experience has rows with captions, and one alone has no"):
         learner.learn(Experience(0, "e", train=rows))
     assert learner.counters.steps == 0 and learner.history == []

@@ -170,3 +170,23 @@ def test_page_of_perplexities_and_of_nothing():
     text = ledger.markdown([row(metrics=perplexity, seeds=[0], status="illustration")])
     assert "| 31.25 |" in text
     assert "No result has been recorded" in ledger.markdown([])
+
+
+# ---- what younger rows hold
+def test_figures_by_seed_and_the_command_are_kept(tmp_path):
+    comparison = build_comparison(arms(), recipe="r")
+    made = ledger.rows_from_comparison(comparison, run=["r", "seed=1"])
+    ledger.append(tmp_path / "l.jsonl", made[0])
+    (kept,) = ledger.read(tmp_path / "l.jsonl")
+    assert kept["run"] == ["r", "seed=1"] and list(kept["values"]) == list(kept["metrics"])
+    mean = kept["metrics"]["average_accuracy"]["mean"]
+    assert sum(kept["values"]["average_accuracy"]) / len(kept["seeds"]) == pytest.approx(mean)
+    for wrong, words in (
+        ({"values": {"average_accuracy": [1.0]}}, r"values\.average_accuracy: expected a number or null for each seed"),
+        ({"values": {"speed": [1.0, 2.0, 3.0]}}, r"values\.speed"),
+        ({"values": [1.0]}, "values: expected figures by name"),
+        ({"run": []}, "run: expected a recipe"),
+        ({"run": "clinc150"}, "run: expected a recipe"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            ledger.validate_row(row(**wrong))

@@ -179,7 +179,7 @@ def test_bad_settings_rows_and_lists_are_refused() -> None:
         build(["linear_probe", "feat_kd"])
     learner = cases.build_learner("clip", [LORA, "lwf"])
     rows = [{"image": np.zeros((8, 8, 3), np.uint8), "text": f"a {n}"} for n in range(4)]
-    with pytest.raises(BadInput, match=r"method\.lwf: experience 'e' has rows with captions.*use feat_kd"):
+    with pytest.raises(BadInput, match=r"method\.lwf: the experience has rows with captions.*use feat_kd"):
         learner.learn(Experience(0, "e", train=rows))
     assert learner.history == []
     probe, seen = build(["linear_probe", "lwf"]), []  # the head alone forgets, and is held

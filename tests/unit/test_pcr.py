@@ -22,7 +22,13 @@ PCR = METHODS.get("pcr")
 
 def method_of(settings: dict[str, Any], **loop: Any) -> Any:
     method = PCR(PCR.Config(**settings))
-    facts = {"knows_boundaries": True, "experiences_learnt": 1, "experience_step": 0, "step": 0, "first_epoch": False}
+    facts = {
+        "knows_boundaries": True,
+        "experiences_learnt": 1,
+        "experience_step": 0,
+        "step": 0,
+        "remember": lambda *_, **__: None,
+    }
     method.loop = SimpleNamespace(**{**facts, "labels": {f"c{n}": n for n in range(5)}, "mean": Services.mean, **loop})
     return method
 

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from perdure.config import ProtocolConfig, TrainingConfig
 from perdure.errors import BadInput
 from perdure.learner import Learner
+from perdure.recipe import check_methods
+from perdure.registry import METHODS
 from tests.conformance import cases
 
 SPECS: dict[str, Any] = {
@@ -90,22 +93,26 @@ def test_old_inputs_hardly_answer_new_keys() -> None:
     assert 0 < drift[True] < drift[False]
 
 
-def test_a_stream_without_boundaries_cannot_be_protected() -> None:
+@pytest.mark.parametrize(
+    ("spec", "setting"),
+    [
+        ({"moram": {"rank": 2, "grow_every": 3, "protect": {"inputs": 0.5}}}, r"method\.moram\.protect"),
+        ({"moram": {"rank": 2}}, r"method\.moram\.grow_every"),
+        ({"lora": {"rank": 2, "first_only": True}}, r"method\.lora\.first_only"),
+        ({"lora": {"rank": 2, "protect": {"inputs": 0.5}}}, r"method\.lora\.protect"),
+    ],
+)
+def test_what_a_stream_without_boundaries_cannot_have_is_refused_before_any_work(spec: Any, setting: str) -> None:
+    with pytest.raises(BadInput, match=setting):  # a recipe is checked without a model
+        check_methods(METHODS.parse(spec, "method"), ProtocolConfig(boundaries="none"), TrainingConfig())
     model, processor = cases.build_host("bert")
-    spec = {"moram": {"rank": 2, "grow_every": 3, "protect": {"inputs": 0.5}}}
-    learner = Learner(
-        model, processor, method=spec, objective={"classification": {"max_length": 32}},
-        protocol={"boundaries": "none"},
-    )  # fmt: skip
-    with pytest.raises(BadInput, match=r"method\.moram\.protect: needs boundaries"):
-        learner.learn(cases.experiences("bert")[0])
-    spec = {"moram": {"rank": 2}}
-    learner = Learner(
-        *cases.build_host("bert"), method=spec, objective={"classification": {"max_length": 32}},
-        protocol={"boundaries": "none"},
-    )  # fmt: skip
-    with pytest.raises(BadInput, match=r"method\.moram\.grow_every"):
-        learner.learn(cases.experiences("bert")[0])
+    before = list(dict(model.named_modules()))
+    with pytest.raises(BadInput, match=setting):
+        Learner(
+            model, processor, method=spec, objective={"classification": {"max_length": 32}},
+            protocol={"boundaries": "none"},
+        )  # fmt: skip
+    assert list(dict(model.named_modules())) == before
 
 
 def test_lora_on_the_first_experience_only_stands_still_afterwards() -> None:

@@ -204,11 +204,11 @@ def build_comparison(
         tuning: how the arms' rates were found: `grid`, `trials`, `on`, `equal`.
 
     Returns:
-        The contract's keys, and: `stream_details`, `tuning`, `warnings` (lines about runs made by different code or
-        machines); in each row `arm` (unique), `model`, `runs` (indices into `runs`), `values` (figure -> its values in
-        the order of `seeds`) and `made_by` (the different commits and machines of its runs). `environment` holds what
-        all runs share; where they differ, the list of what was found. `runs` lists the rows' runs in order;
-        `render_comparison` takes reports in that order.
+        The contract's keys, and: `stream_details`, `tuning`, `pretraining` (arm -> what its backbone may have seen),
+        `warnings` (lines about runs made by different code or machines); in each row `arm` (unique), `model`, `runs`
+        (indices into `runs`), `values` (figure -> its values in the order of `seeds`) and `made_by` (the different
+        commits and machines of its runs). `environment` holds what all runs share; where they differ, the list of what
+        was found. `runs` lists the rows' runs in order; `render_comparison` takes reports in that order.
 
     Raises:
         BadInput: no arm or an arm without runs, a seed twice, an unknown reference, or as `check_comparable`.
@@ -243,6 +243,7 @@ def build_comparison(
         "environment": _shared(environments),
         "warnings": _unlike(environments),
         "tuning": dict(tuning) if tuning else None,
+        "pretraining": {row["arm"]: _get(arms[row["arm"]][0], "details.pretraining.said") for row in rows},
         "runs": flat,
     }
 

@@ -18,6 +18,8 @@ from .compare import CLAIM_SEEDS
 
 FIELDS = ("recipe", "method", "head", "model", "stream", "seeds", "metrics", "cost", "hardware", "commit")
 FIELDS += ("published", "status", "note")
+OPTIONAL = ("values", "run")
+"""Younger than the first rows: each figure by seed, in the order of `seeds`; the recipe and what was typed over it."""
 STATUSES = ("reproduced", "differs", "no published figure", "illustration")
 
 
@@ -42,8 +44,8 @@ def validate_row(row: Any, where: str = "row") -> dict[str, Any]:
         if field not in row:
             raise BadInput(f"{where}: field {field!r} is missing; a row holds {', '.join(FIELDS)}")
     for field in row:
-        if field not in FIELDS:
-            raise BadInput(f"{where}: field {field!r} is unknown; a row holds {', '.join(FIELDS)}")
+        if field not in FIELDS + OPTIONAL:
+            raise BadInput(f"{where}: field {field!r} is unknown; a row holds {', '.join(FIELDS + OPTIONAL)}")
     for field in ("recipe", "method", "model", "stream", "hardware", "commit"):
         if not _is_text(row[field]):
             raise BadInput(f"{where}: {field}: expected text, found {row[field]!r}")
@@ -57,8 +59,24 @@ def validate_row(row: Any, where: str = "row") -> dict[str, Any]:
         raise BadInput(f"{where}: seeds: expected a list of different whole numbers, found {seeds!r}")
     for block in ("metrics", "cost"):
         _check_figures(row[block], f"{where}: {block}")
+    _check_optional(row, where)
     _check_status(row, where)
     return dict(row)
+
+
+def _check_optional(row: Mapping[str, Any], where: str) -> None:
+    values, run = row.get("values", {}), row.get("run", ["recipe"])
+    if not isinstance(values, Mapping):
+        raise BadInput(f"{where}: values: expected figures by name, found {values!r}")
+    for name, found in values.items():
+        fits = isinstance(found, list) and len(found) == len(row["seeds"])
+        if name not in row["metrics"] or not fits or not all(v is None or _is_number(v) for v in found):
+            raise BadInput(
+                f"{where}: values.{name}: expected a number or null for each seed of a figure in metrics, found "
+                f"{found!r}"
+            )
+    if not isinstance(run, list) or not run or not all(_is_text(part) for part in run):
+        raise BadInput(f"{where}: run: expected a recipe and the settings typed over it, found {run!r}")
 
 
 def _check_figures(block: Any, where: str) -> None:
@@ -126,7 +144,8 @@ def append(path: str | Path, row: Mapping[str, Any]) -> None:
     """
     path = Path(path)
     checked = validate_row(row)
-    line = json.dumps({field: checked[field] for field in FIELDS}, ensure_ascii=False, allow_nan=False) + "\n"
+    ordered = {field: checked[field] for field in FIELDS + OPTIONAL if field in checked}
+    line = json.dumps(ordered, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as file:
@@ -147,6 +166,7 @@ def rows_from_comparison(
     published: Mapping[str, Mapping[str, Any]] | None = None,
     status: Mapping[str, str] | None = None,
     note: str = "",
+    run: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Ledger rows of all arms of a comparison.json.
 
@@ -154,6 +174,7 @@ def rows_from_comparison(
         published: arm -> {"figure", "source"}.
         status: arm -> status; else `illustration` for fewer than 3 seeds, `no published figure` for an arm without one.
         note: said in every row, before the arm's own note.
+        run: the recipe and what was typed over it, so that `make ledger-check` can run it again.
 
     Commit and hardware are what the arm's own runs recorded, all of them where they differ.
 
@@ -187,6 +208,10 @@ def rows_from_comparison(
             "status": said,
             "note": "; ".join(part for part in (note, arm.get("note", "")) if part),
         }
+        if arm.get("values"):  # younger than the first comparisons
+            row["values"] = {name: list(found) for name, found in arm["values"].items() if name in arm["metrics"]}
+        if run is not None:
+            row["run"] = list(run)
         rows.append(validate_row(row, f"arm {name!r}"))
     return rows
 

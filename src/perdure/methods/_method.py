@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from ..config import ProtocolConfig
     from ..data import Batch, Output, Row, Rows
     from ..hosts import Host
     from ..services import Services
@@ -35,7 +36,8 @@ class Method:
 
     Class attributes:
         needs: what the protocol must grant or the loop must offer: of "task_id", "boundaries", "rehearsal",
-            "old_model", "input_statistics", "gradients", "all_data".
+            "old_model", "input_statistics", "gradients", "all_data", "write_ids" (whose write an item is, which
+            without boundaries tells where one begins).
         adapts: True if the method brings trainable parameters beside or inside the host. If no method of a
             list adapts, the loop trains the whole model as `finetune` does.
         learns: False for a baseline that is meant to learn nothing.
@@ -114,6 +116,13 @@ class Method:
         """Samples of past experiences that this configuration stores at the most."""
         return 0
 
+    def check_protocol(self, protocol: ProtocolConfig) -> None:
+        """Refuses settings that do not fit what is granted, beyond what `needs` says; asked before any work starts.
+
+        Raises:
+            BadInput: names the setting and what to do.
+        """
+
     # ---- the experience
     def before_experience(self, experience: Experience) -> None: ...
 
@@ -162,6 +171,10 @@ class Method:
         from ..errors import BadInput
 
         raise BadInput(f"method {self.name!r} cannot honour the request {kind!r}")
+
+    def left_by_forget(self) -> list[str]:
+        """What of a forgotten write stays in this method's state, in words; it stands in the write's record."""
+        return []
 
     def plasticity(self) -> dict[str, float]:
         """Figures of this method for the report, e.g. the share of slots won by new atoms."""

@@ -89,7 +89,7 @@ def on_device(made: nn.Module, beside: nn.Module) -> nn.Module:
 
 
 class QueriedMethod(PrefixMethod):
-    """Prompts that depend on a query. State `values["asked"]`: the write whose query passes are being counted."""
+    """Prompts that depend on a query. State `values["asked"]`: the write whose first batch was checked."""
 
     adapts_alone = True
 
@@ -121,11 +121,11 @@ class QueriedMethod(PrefixMethod):
 
     # ---- the step
     def before_step(self, batch: Batch) -> Batch:
-        new = self.values["asked"] != self.loop.write_id
-        if new:
+        write = self.loop.write_id if self.loop.knows_boundaries else 0
+        if self.values["asked"] != write:
             self._check(batch)
-            self.values = {**self.values, "asked": self.loop.write_id}
-        self.loop.count(len(batch), int(new))
+            self.values = {**self.values, "asked": write}
+        self.loop.count_in_step(len(batch))
         return batch
 
     def _check(self, batch: Batch) -> None:

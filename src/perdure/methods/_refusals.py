@@ -35,7 +35,7 @@ def refuse_captions(owner: Method, experience: Experience, why: str) -> None:
     """Raises BadInput for image rows with captions, which have no class."""
     row: Any = experience.train[0]
     if row.get("image") is not None and row.get("label") is None:
-        raise BadInput(f"method.{owner.name}: experience {experience.name!r} has rows with captions, and {why}")
+        raise BadInput(f"method.{owner.name}: the experience has rows with captions, and {why}")
 
 
 def refuse_token_scores(method: Method, what: str, why: str) -> None:

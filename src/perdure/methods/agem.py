@@ -62,7 +62,7 @@ class AGEM(Method):
         return self.config.budget
 
     def before_step(self, batch: Batch) -> Batch:
-        if not self.loop.knows_boundaries and self.loop.first_epoch:
+        if not self.loop.knows_boundaries:
             self.loop.remember(batch)
         return batch
 

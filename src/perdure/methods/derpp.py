@@ -106,8 +106,7 @@ class DarkExperienceReplay(Method):
                 rehearsed = Batch({}, batch.extra["derpp_labels"][part], batch.rows[part])
                 scored = Output(logits[part], None if output.features is None else output.features[part])
                 found["rehearsed"] = self.config.beta * self.loop.loss_among(rehearsed, scored)
-        if self.loop.first_epoch:
-            self.loop.remember(batch, logits=logits[:, : len(self.loop.labels)])
+        self.loop.remember(batch, logits=logits[:, : len(self.loop.labels)])
         return found
 
     def _error(self, logits: Tensor, rows: Rows) -> Tensor:

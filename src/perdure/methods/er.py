@@ -41,6 +41,5 @@ class ExperienceReplay(Method):
     def before_step(self, batch: Batch) -> Batch:
         buffer = self.loop.replay
         rehearsed = buffer.sample(self.config.per_step, self.loop.generator)
-        if self.loop.first_epoch:
-            self.loop.remember(batch)
+        self.loop.remember(batch)
         return self.loop.extend(batch, rehearsed)

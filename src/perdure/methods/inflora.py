@@ -140,6 +140,9 @@ class InfLoRA(LoRABranches):
         t = min(self.loop.experiences_learnt, config.experiences - 1)
         return config.energy + (config.final_energy - config.energy) * t / config.experiences
 
+    def left_by_forget(self) -> list[str]:
+        return ["the subspace of old inputs, to which its rows belong"] * bool(self.values.get("retain"))
+
     def plasticity(self) -> dict[str, float]:
         """`free_directions`: share of the input dimensions that old inputs have left, in the mean over the maps."""
         kept = [self._subspace(name) for name in self.values.get("retain", {})]

@@ -37,10 +37,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
+from ..errors import ProtocolRefused
 from ._method import register
 from ._queried import QueriedMethod, QueryConfig
 
 if TYPE_CHECKING:
+    from ..config import ProtocolConfig
     from ..hosts import Host
 
 
@@ -68,6 +70,13 @@ class L2P(QueriedMethod):
 
     status = "unverified"
     citation = "CVPR 2022"
+
+    def check_protocol(self, protocol: ProtocolConfig) -> None:
+        if self.config.vote and protocol.task_id != "test":
+            raise ProtocolRefused(
+                f"protocol.task_id: is {protocol.task_id}, but with method.l2p.vote the rows of a batch decide "
+                "together, which tells the task wherever a batch holds one; set task_id to test, or vote to false"
+            )
 
     def attach(self, host: Host) -> None:
         from ..layers import Carry, PromptPool

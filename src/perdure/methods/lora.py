@@ -35,6 +35,7 @@ from ._protection import InputProtection
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..config import ProtocolConfig
     from ..hosts import Host
     from ..streams import Experience
 
@@ -70,6 +71,11 @@ class LoRA(Method):
 
     adapts = True
     status = "verified"
+
+    def check_protocol(self, protocol: ProtocolConfig) -> None:
+        asked = [name for name in ("first_only", "grow", "protect") if getattr(self.config, name)]
+        if asked and protocol.boundaries == "none":
+            raise BadInput(f"method.lora.{asked[0]}: needs boundaries (protocol.boundaries: train); remove it")
 
     def attach(self, host: Host) -> None:
         config = self.config
@@ -175,9 +181,6 @@ class LoRA(Method):
         return {by_path[path]: layer.lora_A[newest].weight for path, layer in self._layers.items()}
 
     def before_experience(self, experience: Experience) -> None:
-        asked = [name for name in ("first_only", "grow", "protect") if getattr(self.config, name)]
-        if asked and not self.loop.knows_boundaries:
-            raise BadInput(f"method.lora.{asked[0]}: needs boundaries (protocol.boundaries: train); remove it")
         if self.renews and self.loop.experiences_learnt > (self.config.pretrain is not None):
             for _, parameter in self._named():
                 parameter.requires_grad_(False)

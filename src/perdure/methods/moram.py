@@ -47,6 +47,7 @@ from ._protection import InputProtection
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..config import ProtocolConfig
     from ..data import Batch
     from ..hosts import Handle, Host
     from ..layers import LinearMemory
@@ -92,6 +93,23 @@ class MoRAM(Method):
     renews = True
     removal = "structural"
     status = "unverified"
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        if config.grow_every is not None:  # without boundaries too an atom must be known by who trained it
+            self.needs = self.needs | {"write_ids"}  # type: ignore[misc]
+
+    def check_protocol(self, protocol: ProtocolConfig) -> None:
+        if protocol.boundaries == "train":
+            return
+        if self.config.grow_every is None:
+            raise BadInput(
+                "method.moram.grow_every: the stream has no boundaries, so say after how many steps new atoms are added"
+            )
+        if self.config.protect is not None:
+            raise BadInput("method.moram.protect: needs boundaries to know which inputs are old; remove it")
+        if self.config.keys == "contrast":
+            raise BadInput("method.moram.keys: contrast needs boundaries to know which inputs are old; set it to drawn")
 
     def attach(self, host: Host) -> None:
         from ..layers import LinearMemory
@@ -145,14 +163,6 @@ class MoRAM(Method):
             self._protection.project(self._new_keys())
 
     def before_experience(self, experience: Experience) -> None:
-        if not self.loop.knows_boundaries and self.config.grow_every is None:
-            raise BadInput(
-                "method.moram.grow_every: the stream has no boundaries, so say after how many steps new atoms are added"
-            )
-        if not self.loop.knows_boundaries and self.config.protect is not None:
-            raise BadInput("method.moram.protect: needs boundaries to know which inputs are old; remove it")
-        if not self.loop.knows_boundaries and self._contrast:
-            raise BadInput("method.moram.keys: contrast needs boundaries to know which inputs are old; set it to drawn")
         self._grow(self.loop.write_id)
         if self._contrast:
             for name, keys in self._contrast.keys(self._sites, experience.train, self.config.rank).items():
@@ -220,6 +230,12 @@ class MoRAM(Method):
         if not self.loop.knows_boundaries and not any(memory.bank.new_size for memory in self.memories.values()):
             self._grow(self.loop.write_id + 1)  # no boundary will come that would do it
         return gone
+
+    def left_by_forget(self) -> list[str]:
+        # Exact removal would take moments of every experience apart: d² numbers a layer for each, not once.
+        asked = [name for name, on in (("protect", self._protection), ("keys: contrast", self._contrast)) if on]
+        kept = f"second moments of layer inputs, its rows among those of all others ({' and '.join(asked)})"
+        return [kept] if asked else []
 
     def plasticity(self) -> dict[str, float]:
         if not self._protection:

@@ -110,7 +110,7 @@ class ProxyContrastiveReplay(Method):
     def before_step(self, batch: Batch) -> Batch:
         config, loop = self.config, self.loop
         rows = loop.replay.sample(config.per_step, loop.generator)
-        if loop.first_epoch and config.holistic is None:
+        if config.holistic is None:
             loop.remember(batch)
         if config.views == 2:
             batch = loop.repeat(batch)
@@ -170,8 +170,7 @@ class ProxyContrastiveReplay(Method):
             if how.beta:
                 stored, _ = vectors_of(rows, "features", features)
                 found["scd"] = how.beta * self._similarity_loss(features[own:], stored.reshape(features[own:].shape))
-        if loop.first_epoch:
-            loop.remember(batch, logits=logits[:, : len(loop.labels)], features=features)
+        loop.remember(batch, logits=logits[:, : len(loop.labels)], features=features)
         return found
 
     def _proxy_error(self, logits: Tensor, stored: Tensor, known: Tensor, counts: Tensor) -> Tensor:

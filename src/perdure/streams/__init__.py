@@ -5,6 +5,7 @@ from .experience import Experience
 from .scenarios import Selection, Splits
 from .spool import Spool, SpooledStream
 from .stream import Stream
+from .tuning import for_tuning
 
 __all__ = [
     "Experience",
@@ -19,4 +20,5 @@ __all__ = [
     "Stream",
     "StreamConfig",
     "build_stream",
+    "for_tuning",
 ]
