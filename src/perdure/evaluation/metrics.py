@@ -338,9 +338,9 @@ def recoveries(
         share: in (0, 1]; 1 asks for the whole level.
 
     Returns:
-        (i, e, steps, recovered) for every i <= e < len(ends) - 1 with a level and a probe inside. Steps are counted from
-        the boundary to the probe that has recovered: 0 where nothing fell; where it never came back, the length of the
-        next experience, which is a lower bound. They are as fine as the distance between probes.
+        (i, e, steps, recovered) for every i <= e < len(ends) - 1 with a level and a probe inside. Steps are counted
+        from the boundary to the probe that has recovered: 0 where nothing fell; where it never came back, the length of
+        the next experience, which is a lower bound. They are as fine as the distance between probes.
 
     Raises:
         BadInput: the share is outside (0, 1], or samples are not in order.

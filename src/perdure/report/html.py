@@ -16,7 +16,6 @@ from .build import validate_comparison, validate_report, write_text
 Report = Mapping[str, Any]
 _HERE = Path(__file__).parent
 _CARDS = ("average_accuracy", "forgetting", "learning_accuracy", "worst_experience", "anytime_accuracy")
-_DIFFERENCES = ("average_accuracy", "forgetting", "learning_accuracy")
 MOST_CLASSES = 400
 
 
@@ -154,7 +153,7 @@ def render_comparison(comparison: Report, reports: Sequence[Report], path: str |
         curves=plots.arm_curves(arms, metric),
         planes=_planes(comparison),
         matrices=_matrices(arms, comparison),
-        differences=[name for name in _DIFFERENCES if any(name in (r["difference"] or {}) for r in comparison["rows"])],
+        differences=words.compared(comparison),
         stream={
             k: v for k, v in (comparison.get("stream_details") or {}).items() if k not in ("experiences", "classes")
         },

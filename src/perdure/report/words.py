@@ -10,22 +10,25 @@ from ..evaluation.metrics import direction, is_cost
 DASH = "–"
 MOST_LISTED = 24
 MOST_CHARS = 400
-SOME = frozenset({"anytime_accuracy"})
-"""Columns that stand only where an arm has the figure."""
+SOME = frozenset({"intransigence", "anytime_accuracy"})
+"""Scores whose columns stand only where an arm has them; so do all columns of cost."""
 DIFFERENCES = frozenset(
     {"forgetting", "backward_transfer", "backward_transfer_clipped", "forward_transfer", "intransigence"}
-    | {"windowed_forgetting", "windowed_plasticity"}
+    | {"windowed_forgetting", "windowed_plasticity", "class_forgetting", "worst_class_forgetting"}
 )
 # The columns of a comparison: (block, figure).
 COLUMNS = (
     ("metrics", "average_accuracy"),
     ("metrics", "forgetting"),
     ("metrics", "learning_accuracy"),
+    ("metrics", "intransigence"),
     ("metrics", "anytime_accuracy"),
     ("cost", "trainable_parameters"),
     ("cost", "stored_bytes"),
     ("cost", "seconds"),
 )
+COMPARED = ("average_accuracy", "forgetting", "learning_accuracy")
+"""Figures whose differences to the reference are shown; the comparison's JSON and CSV hold all."""
 _LABELS = {
     "average_accuracy": "Average {m}",
     "average_incremental_accuracy": "Average incremental {m}",
@@ -76,7 +79,7 @@ def columns(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
     def filled(block: str, name: str) -> bool:
         return any((row[block].get(name) or {}).get("mean") is not None for row in comparison["rows"])
 
-    return [(block, name) for block, name in COLUMNS if name not in SOME or filled(block, name)]
+    return [(block, name) for block, name in COLUMNS if name not in SOME and block != "cost" or filled(block, name)]
 
 
 def percent(metric: str) -> bool:
@@ -203,6 +206,25 @@ def interval(name: str, entry: Mapping[str, Any] | None, metric: str = "accuracy
 def signed(name: str, value: float | None, metric: str = "accuracy") -> str:
     shown = figure(name, value, metric)
     return f"+{shown}" if value is not None and value > 0 and shown.strip("0.") else shown
+
+
+def compared(comparison: Mapping[str, Any]) -> list[str]:
+    """Figures of `COMPARED` in which some arm has a difference to the reference."""
+    return [name for name in COMPARED if any(name in (row["difference"] or {}) for row in comparison["rows"])]
+
+
+def in_points(metric: str) -> str:
+    return ", in points" if percent(metric) else ""
+
+
+def difference(name: str, found: Mapping[str, Any] | None, metric: str = "accuracy") -> tuple[str, str]:
+    """A paired difference with its interval, and `wins : losses`."""
+    if not found:
+        return DASH, DASH
+    shown = signed(name, found["mean"], metric)
+    if found["low"] is not None:
+        shown += f" [{signed(name, found['low'], metric)}, {signed(name, found['high'], metric)}]"
+    return shown, f"{found['wins']} : {found['losses']}" if "wins" in found else DASH
 
 
 def few_seeds(comparison: Mapping[str, Any]) -> str:
