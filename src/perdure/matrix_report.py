@@ -116,9 +116,7 @@ def _report(one: MatrixFile) -> dict[str, Any]:
         },
         matrix=one.rows, baseline=one.baseline,
         cost=dict.fromkeys(("seconds", "trainable_parameters", "stored_bytes")), status="complete",
-        notes=[
-            f"Read from {one.path.name}; perdure did not run it and knows neither its protocol nor its cost.", *one.notes
-        ],
+        notes=[f"Read from {one.path.name}; perdure did not run it and knows no protocol and no cost.", *one.notes],
     )  # fmt: skip
 
 
