@@ -18,14 +18,16 @@ from .arrivals import arrival, learn_spooled
 from .assembly import as_labels
 from .attachment import holds, release
 from .bookkeeping import Counters, Past, Position, quiet
-from .data import Batch, Output, Row, Rows
+from .data import Batch, Output, Row, Rows, without_answers
 from .early_stopping import EarlyStopping
 from .errors import BadInput
+from .evaluation.classes import count_classes
 from .heads import Head
 from .loading import derived_seed, drawn
 from .loop import Loop
 from .memory.observe import RouterLog
 from .models import ASKED
+from .objectives import right
 from .passes import features_of
 from .streams.experience import Experience
 
@@ -36,12 +38,15 @@ class Learner(Loop):
     __doc__ = Loop.__doc__
 
     # ---- evaluation and use
-    def evaluate(self, experiences: Sequence[Experience], split: str = "test") -> dict[int, float | None]:
+    def evaluate(
+        self, experiences: Sequence[Experience], split: str = "test", *, per_class: dict[str, list[int]] | None = None
+    ) -> dict[int, float | None]:
         """Scores the model on each experience; nothing of the learner changes, random states included.
 
         Args:
             experiences: e.g. `stream.seen`.
             split: "test" or "valid".
+            per_class: class -> [rows classified right, rows]; the rows scored here are added, where they have classes.
 
         Returns:
             experience index -> accuracy in [0, 1] or perplexity; None where the split has no rows.
@@ -62,9 +67,9 @@ class Learner(Loop):
                     f"{experience.index}, so one score would be lost; score them in two calls"
                 )
             names[experience.index] = experience.name
-        return {experience.index: self._evaluate_one(experience, split) for experience in experiences}
+        return {experience.index: self._evaluate_one(experience, split, per_class) for experience in experiences}
 
-    def _evaluate_one(self, experience: Experience, split: str) -> float | None:
+    def _evaluate_one(self, experience: Experience, split: str, per_class: dict[str, list[int]] | None) -> float | None:
         rows = getattr(experience, split)
         if self.protocol.max_test_rows is not None:
             rows = drawn(rows, self.protocol.max_test_rows)
@@ -79,7 +84,7 @@ class Learner(Loop):
         with quiet(self.model), torch.no_grad(), self.classes_encoded():
             for batch in self.scored_batches(experience, split, rows):
                 with self.autocast():
-                    output = self.forward(_without_answers(batch))
+                    output = self.forward(without_answers(batch))
                 if self.objective.writes:
                     total += _summed(self.objective.grade(batch.rows, output.texts, experience.name))  # type: ignore[attr-defined]
                     continue
@@ -87,6 +92,8 @@ class Learner(Loop):
                     parts.append((replace(batch, inputs={}), output))
                     continue
                 total += self._score(batch, output, allowed)
+                if per_class is not None and self.head is not None:
+                    count_classes(per_class, batch.rows, right(batch, output, allowed).tolist())
             if together:
                 total += self._score(*self.objective.gathered(parts), None)
         return self.objective.finish(float(total[0]), int(total[1]))
@@ -146,7 +153,7 @@ class Learner(Loop):
         with quiet(self.model), torch.no_grad(), self.classes_encoded():
             for batch in self.batches(rows, unlabelled=True):
                 with self.autocast():
-                    logits = self.forward(_without_answers(batch)).logits
+                    logits = self.forward(without_answers(batch)).logits
                 assert logits is not None
                 found += [names[number] for number in among[logits[:, among].argmax(-1)].tolist()]
         return found
@@ -462,21 +469,6 @@ class Learner(Loop):
         self.position.experience = len(self.history)
         # What is learnt from here on must not draw again what the first experiences drew.
         self.generator.manual_seed(derived_seed(self.seed, "methods", len(self.writes)))
-
-
-def _without_answers(batch: Batch) -> Batch:
-    """What a method may see of rows that are scored or predicted."""
-    return replace(batch, labels=None, rows=[_question(row) for row in batch.rows])
-
-
-def _question(row: Row) -> Row:
-    kept = {key: value for key, value in row.items() if key not in ("label", "answer")}
-    if kept.get("messages") is not None:
-        turns = list(kept["messages"])
-        while turns and turns[-1]["role"] == "assistant":
-            turns.pop()
-        kept["messages"] = turns
-    return kept
 
 
 def _summed(parts: tuple[Tensor, Tensor]) -> Tensor:

@@ -11,7 +11,6 @@ import pytest
 from perdure.evaluation.compare import build_comparison
 from perdure.report import tables, words
 from perdure.report.build import validate_comparison
-
 from tests.unit.report_samples import arms, sample, status
 
 
