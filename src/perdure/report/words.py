@@ -46,7 +46,20 @@ _LABELS = {
     "wc_acc": "Worst-case {m} (WC-ACC)",
     "windowed_forgetting": "Largest drop in a window (WF)",
     "windowed_plasticity": "Largest rise in a window (WP)",
+    "recovery_steps": "Steps until an old experience was back",
+    "recovered_share": "Share that came back before the next boundary",
+    "worst_class": "Worst class",
+    "class_forgetting": "Forgetting of a class",
+    "worst_class_forgetting": "Largest forgetting of a class",
     "probe_seconds": "Time of probes",
+    "probe_share": "Share of probes in all time",
+    "growth_bytes": "Growth per experience",
+    "train_flops_per_row": "FLOPs per row, training step",
+    "train_flops_per_token": "FLOPs per token, training step",
+    "inference_flops_per_row": "FLOPs per row, prediction",
+    "inference_flops_per_token": "FLOPs per token, prediction",
+    "step_peak_bytes": "Most tensor memory in a training step",
+    "device_peak_bytes": "Most memory allocated on the device",
     "intransigence": "Intransigence",
     "trainable_parameters": "Trainable parameters",
     "total_parameters": "All parameters",
@@ -98,7 +111,7 @@ def label(name: str, metric: str = "accuracy") -> str:
 
 def unit(name: str, metric: str = "accuracy") -> str:
     """What stands behind a score: per cent, points for differences, nothing for perplexity."""
-    if not percent(metric):
+    if not percent(metric) or is_cost(name) or name.endswith("_share"):
         return ""
     return "points" if name in DIFFERENCES else "%"
 
@@ -129,6 +142,14 @@ def count(value: float | None) -> str:
         if abs(value) >= size:
             return f"{value / (1e3 if unit == 'k' else size):.3g} {unit}"
     return f"{value:,.0f}"
+
+
+def work(value: float) -> str:
+    """FLOPs with a prefix."""
+    for unit_size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit_size:
+            return f"{value / unit_size:.3g} {prefix}"
+    return f"{value:.0f}"
 
 
 def size(value: float | None) -> str:
@@ -162,6 +183,10 @@ def figure(name: str, value: Any, metric: str = "accuracy") -> str:
         return size(value)
     if name.endswith("parameters"):
         return count(value)
+    if "flops" in name:
+        return work(value)
+    if name.endswith("_share"):
+        return f"{100 * value:.3g} %"
     return count(value) if is_cost(name) else score(value, metric)
 
 
@@ -211,6 +236,18 @@ def signed(name: str, value: float | None, metric: str = "accuracy") -> str:
 def compared(comparison: Mapping[str, Any]) -> list[str]:
     """Figures of `COMPARED` in which some arm has a difference to the reference."""
     return [name for name in COMPARED if any(name in (row["difference"] or {}) for row in comparison["rows"])]
+
+
+def class_order(comparison: Mapping[str, Any]) -> str:
+    """Whether the intervals over seeds hold the spread over orders of the classes."""
+    if (comparison.get("stream_details") or {}).get("class_order") == "seed":
+        return (
+            "Each seed has an order of classes of its own: intervals hold the spread over orders. Shown is the first."
+        )
+    return (
+        "All seeds have the same order of classes: intervals hold the spread over draws and starts, not over orders. "
+        "stream.class_order=seed varies the order too."
+    )
 
 
 def in_points(metric: str) -> str:
