@@ -54,7 +54,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        formula = _FORMULAS.get(func._overloadpacket)
+        formula = _FORMULAS.get(getattr(func, "_overloadpacket", None))
         if formula is None and isinstance(func, torch._ops.OpOverload):
             with self:  # without gradients an operation may come whole that is made of others
                 parts = func.decompose(*args, **kwargs)
@@ -69,6 +69,8 @@ class Meter(TorchDispatchMode):
         return out
 
     def _see(self, tensor: Tensor) -> None:
+        if tensor.layout is not torch.strided:  # a sparse gradient has no storage of its own
+            return
         storage = tensor.untyped_storage()
         name, size = storage._cdata, storage.nbytes()
         if name in self._known:

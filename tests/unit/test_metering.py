@@ -95,9 +95,10 @@ def test_the_work_of_a_prediction_by_hand():
     from tests.e2e.tiny import MODEL
 
     rows = [{"text": "ash birch cedar", "label": "a"}, {"text": "elm fir", "label": "b"}]
+    short = {"classification": {"max_length": 32}}
     ((objective, _),) = OBJECTIVES.parse("classification", "objective")
     model, processor, _ = load_model(MODEL, objective, seed=0)
-    learner: Any = Learner(model, processor, method="linear_probe", head="cosine")
+    learner: Any = Learner(model, processor, method="linear_probe", head="cosine", objective=short)
     experience = Experience(index=0, name="one", train=rows, test=rows, classes=("a", "b"))
     learner.learn(experience)
     before = torch.get_rng_state()
