@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test lint speed docs ledger-check clean
+.PHONY: install demo test lint speed agreement docs ledger-check clean
 
 install: $(STAMP)
 
@@ -31,6 +31,10 @@ lint: install
 speed: install
 	$(BIN)/python -m benchmarks.atoms
 	$(BIN)/python -m benchmarks.loop
+
+# Metrics against avalanche-lib, scikit-learn and SciPy, in a temporary environment (about 1 GB while it runs).
+agreement: install
+	$(BIN)/python -m benchmarks.agreement
 
 docs: install
 	$(BIN)/python -m perdure.evaluation.ledger docs/results.md results/ledger.jsonl

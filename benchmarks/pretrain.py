@@ -42,7 +42,8 @@ def main() -> None:
     )  # fmt: skip
     model, processor, _ = load_model(MODEL, "causal_lm")
     learner = Learner(
-        model, processor, method={"apn": APN} if options.apn else "finetune", objective={"causal_lm": {"block_size": 256}},
+        model, processor, method={"apn": APN} if options.apn else "finetune",
+        objective={"causal_lm": {"block_size": 256}},
         training={
             "learning_rate": 2e-3, "lr_scheduler": "cosine", "warmup_steps": 50, "epochs": options.epochs,
             "per_device_train_batch_size": 16, "weight_decay": 0.1, "adam_beta2": 0.99,

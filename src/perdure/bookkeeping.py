@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy
 import torch
 from torch import nn
 
@@ -52,11 +54,18 @@ class Unlearnt(dict):
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; the mode and every random state as before afterwards."""
-    training = model.training
+    """Evaluation mode inside; the mode of every module and the random states of torch, Python and NumPy as before
+    afterwards.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    python, numbers = random.getstate(), numpy.random.get_state()
     model.eval()
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        model.train(training)
+        random.setstate(python)
+        numpy.random.set_state(numbers)
+        model.train(modes[0][1])
+        for module, training in modes:  # a part may stand in another mode than the whole
+            module.training = training

@@ -103,7 +103,7 @@ def compare(
 ) -> None:
     """Runs arms over seeds, reuses what is finished, compares on a page.
 
-    The page and `comparison.json` lie in the folder of the comparison.
+    The page, `comparison.json`, `comparison.csv` and `comparison.tex` lie in the folder of the comparison.
     """
     from .recipe import load_recipe
 
@@ -203,17 +203,38 @@ def demo(
 
 @app.command()
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs or of comparisons.")],
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Folders of runs or of comparisons.")
+    ] = None,
+    matrix: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]FILE", help="Accuracy matrix of another tool, CSV or JSON; may be repeated."),
+    ] = None,
+    scale: Annotated[str, typer.Option(help="Of the matrices: fraction, percent or auto.")] = "auto",
+    metric: Annotated[
+        str | None, typer.Option(help="Of the matrices: accuracy, perplexity or score; accuracy when absent.")
+    ] = None,
+    reference: Annotated[str | None, typer.Option(help="Arm that differences are taken to.")] = None,
     output_dir: Annotated[
         str | None, typer.Option(help="Folder for the page that compares several runs; the one above them when absent.")
     ] = None,
 ) -> None:
-    """Rebuilds the pages of runs, and of several one that compares them."""
+    """Rebuilds the pages of runs, and of several one that compares them; or reports matrices of other tools."""
     from .comparison import COMPARISON_FILE, REPORT_FILE, rebuild
+    from .errors import BadInput
     from .report import build
     from .report.terminal import print_comparison, print_run
 
-    pages = rebuild(runs, output_dir)
+    if matrix and runs:
+        raise BadInput("report: runs and --matrix do not go together: a matrix has no protocol that could be compared")
+    if not matrix and (scale != "auto" or metric is not None):
+        raise BadInput("report: --scale and --metric are for files given with --matrix")
+    if matrix:
+        from .matrix_report import report_matrices
+
+        pages = report_matrices(matrix, output_dir, scale=scale, metric=metric, reference=reference)
+    else:
+        pages = rebuild(runs or [], output_dir, reference)
     folder = pages[-1].parent
     if (folder / COMPARISON_FILE).is_file():
         print_comparison(build.read_comparison(folder / COMPARISON_FILE), _console())

@@ -13,7 +13,7 @@ from .config import ProtocolConfig, TrainingConfig
 from .errors import BadInput, ForgotTooMuch, PerdureError
 from .recipe import BLOCKS, PAGE_FILE, RECIPE_FILE, REPORT_FILE, Recipe, holds, run_folder, safe, source_of
 
-COMPARISON_FILE = "comparison.json"
+COMPARISON_FILE, CSV_FILE, LATEX_FILE = "comparison.json", "comparison.csv", "comparison.tex"
 
 
 def plan(
@@ -108,7 +108,7 @@ def compare(
     progress: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Any], Path]:
-    """Runs what is not finished yet, then writes `comparison.json` and `report.html`.
+    """Runs what is not finished yet, then writes `comparison.json`, its tables (CSV, LaTeX) and `report.html`.
 
     Finished runs are reused and unfinished ones go on where they stopped; a folder of another recipe is refused. A run
     that forgot more than the recipe allows is compared like any other; `forgot_too_much` tells of it.
@@ -147,16 +147,17 @@ def compare(
 def _refuse_other_pages(root: Path) -> None:
     """A comparison's page replaces no other page than its own older one."""
     for name in (REPORT_FILE, RECIPE_FILE):
-        if _is_file(root / name):
+        if is_file(root / name):
             raise BadInput(f"output_dir: {root} is the folder of a run (it holds {name}); give another --output-dir")
-    if _is_file(root / PAGE_FILE) and not _is_file(root / COMPARISON_FILE):
+    if is_file(root / PAGE_FILE) and not is_file(root / COMPARISON_FILE):
         raise BadInput(
             f"output_dir: {root} holds a {PAGE_FILE} that is no comparison's, and it would be written over; "
             "give another --output-dir"
         )
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether there is a file; BadInput where we may not look."""
     try:
         return path.is_file()
     except OSError as error:
@@ -201,72 +202,84 @@ def write_comparison(
     tuning: Mapping[str, Any] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], Path]:
-    """Builds the comparison of finished runs and writes its JSON and its page into `root`.
+    """Builds the comparison of finished runs and writes its JSON, CSV, LaTeX and page into `root`.
 
     Settings of the protocol that are younger than a run count with their defaults, as they did when it ran.
     """
     from .evaluation.compare import build_comparison
     from .report import build
     from .report.html import render_comparison
+    from .report.tables import comparison_csv, comparison_latex
 
     defaults = ProtocolConfig.model_validate({}).model_dump(mode="json")
-    reports = {
-        arm: [{**report, "protocol": {**defaults, **report["protocol"]}} for report in members]
+    reports = {  # the matrix of another tool has no protocol that is known
+        arm: [
+            {**report, "protocol": (defaults if report["protocol"] else {}) | report["protocol"]} for report in members
+        ]
         for arm, members in reports.items()
     }
     comparison = build_comparison(reports, recipe=name, reference=reference, paths=paths, tuning=tuning, notes=notes)
     build.write_json(root / COMPARISON_FILE, comparison)
+    build.write_text(root / CSV_FILE, comparison_csv(comparison))
+    build.write_text(root / LATEX_FILE, comparison_latex(comparison))
     page = root / PAGE_FILE
     build.write_text(page, render_comparison(comparison, [report for arm in reports.values() for report in arm]))
     return comparison, page
 
 
 # ---- pages of what lies on disk
-def rebuild(folders: Sequence[str | Path], output_dir: str | Path | None = None) -> list[Path]:
+def rebuild(
+    folders: Sequence[str | Path], output_dir: str | Path | None = None, reference: str | None = None
+) -> list[Path]:
     """Rebuilds report.html of runs and of comparisons; of several runs also a page that compares them.
 
     Args:
         folders: run folders, or folders of a comparison.
         output_dir: where the page of several runs goes; the folder above all of them when None. Where that holds a
             comparison of these very runs, it is rebuilt with its arms, notes and reference.
+        reference: the arm that differences are taken to; that of before, or the first arm, when None.
 
     Returns:
         The pages, the last being the one that covers the most.
 
     Raises:
-        BadInput: a folder holds no report, the runs do not belong into one comparison, or its page would replace that
-            of other runs.
+        BadInput: a folder holds no report, the runs do not belong into one comparison, its page would replace that
+            of other runs, or the reference is no arm.
     """
     if not folders:
         raise BadInput("report: name at least one run folder")
-    comparisons = [Path(each) for each in folders if _is_file(Path(each) / COMPARISON_FILE)]
+    comparisons = [Path(each) for each in folders if is_file(Path(each) / COMPARISON_FILE)]
     runs = [(Path(each), _read_run(Path(each))) for each in folders if Path(each) not in comparisons]
     root = None
     if len(runs) > 1:
         root = _root_of([folder for folder, _ in runs], output_dir)
-        if output_dir is None and _is_file(root / COMPARISON_FILE):
+        if output_dir is None and is_file(root / COMPARISON_FILE):
             comparisons, runs, root = [*comparisons, root], [], None
     pages: list[Path] = []
     for folder in comparisons:
-        pages.append(_rebuild_comparison(folder, pages))
+        pages.append(_rebuild_comparison(folder, pages, reference))
     for folder, report in runs:
-        pages.append(_write_run(folder, report))
+        pages.append(write_run(folder, report))
     if root is not None:
-        pages.append(_compare_runs(runs, root))
+        pages.append(_compare_runs(runs, root, reference))
     return pages
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
     from .report import build
 
-    if not _is_file(folder / REPORT_FILE):
+    if not is_file(folder / REPORT_FILE):
         raise BadInput(f"report: {folder} holds no {REPORT_FILE}; name the folder of a run")
     return build.read_report(folder / REPORT_FILE)
 
 
-def _write_run(folder: Path, report: Mapping[str, Any]) -> Path:
+def write_run(folder: Path, report: Mapping[str, Any], *, everything: bool = False) -> Path:
+    """Writes the page of a run, and with `everything` its report.json too; returns the page's path."""
+    from .report import build
     from .report.html import render_run
 
+    if everything:
+        build.write_json(folder / REPORT_FILE, report)
     render_run(report, folder / PAGE_FILE)
     return folder / PAGE_FILE
 
@@ -275,9 +288,9 @@ def _root_of(folders: Sequence[Path], output_dir: str | Path | None) -> Path:
     """Where the page that compares runs goes; refused where it would replace another page."""
     above = Path(os.path.commonpath([folder.resolve() for folder in folders]))
     root = Path(output_dir) if output_dir is not None else above
-    if _is_file(root / REPORT_FILE):
+    if is_file(root / REPORT_FILE):
         raise BadInput(f"report: {root} is itself a run, its page would be written over; give --output-dir")
-    taken = any(_is_file(root / name) for name in (COMPARISON_FILE, PAGE_FILE))
+    taken = any(is_file(root / name) for name in (COMPARISON_FILE, PAGE_FILE))
     if output_dir is None and taken and _runs_of(root) != {folder.resolve() for folder in folders}:
         raise BadInput(
             f"report: {root} holds a page of something other than these {len(folders)} runs, and it would be written "
@@ -290,12 +303,12 @@ def _runs_of(root: Path) -> set[Path]:
     """The folders that the comparison in `root` is about; none where there is no comparison."""
     from .report import build
 
-    if not _is_file(root / COMPARISON_FILE):
+    if not is_file(root / COMPARISON_FILE):
         return set()
     return {(root / run).resolve() for run in build.read_comparison(root / COMPARISON_FILE)["runs"]}
 
 
-def _rebuild_comparison(folder: Path, pages: list[Path]) -> Path:
+def _rebuild_comparison(folder: Path, pages: list[Path], reference: str | None) -> Path:
     from .report import build
 
     old = build.read_comparison(folder / COMPARISON_FILE)
@@ -304,12 +317,14 @@ def _rebuild_comparison(folder: Path, pages: list[Path]) -> Path:
     for row in old["rows"]:
         paths[row["arm"]] = [old["runs"][number] for number in row["runs"]]
         reports[row["arm"]] = [_read_run(folder / path) for path in paths[row["arm"]]]
-        pages += [_write_run(folder / path, r) for path, r in zip(paths[row["arm"]], reports[row["arm"]], strict=True)]
+        pages += [write_run(folder / path, r) for path, r in zip(paths[row["arm"]], reports[row["arm"]], strict=True)]
     notes = {row["arm"]: row["note"] for row in old["rows"] if row["note"]}
-    return write_comparison(folder, reports, old["recipe"], old["reference"], paths, old.get("tuning"), notes)[1]
+    return write_comparison(
+        folder, reports, old["recipe"], reference or old["reference"], paths, old.get("tuning"), notes
+    )[1]
 
 
-def _compare_runs(runs: Sequence[tuple[Path, dict[str, Any]]], root: Path) -> Path:
+def _compare_runs(runs: Sequence[tuple[Path, dict[str, Any]]], root: Path, reference: str | None) -> Path:
     reports: dict[str, list[dict[str, Any]]] = {}
     paths: dict[str, list[str]] = {}
     arms: dict[str, Any] = {}
@@ -322,7 +337,7 @@ def _compare_runs(runs: Sequence[tuple[Path, dict[str, Any]]], root: Path) -> Pa
         reports.setdefault(label, []).append(report)
         paths.setdefault(label, []).append(os.path.relpath(folder.resolve(), root.resolve()))
     names = dict.fromkeys(report["name"] for _, report in runs)
-    return write_comparison(root, reports, ", ".join(names), None, paths)[1]
+    return write_comparison(root, reports, ", ".join(names), reference, paths)[1]
 
 
 def _settings(report: Mapping[str, Any]) -> list[Any]:

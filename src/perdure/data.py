@@ -84,3 +84,19 @@ class Output:
     other_features: Tensor | None = None
     host: Any = None
     texts: Sequence[str] | None = None
+
+
+def without_answers(batch: Batch) -> Batch:
+    """What a method may see of rows that are scored or predicted."""
+    return replace(batch, labels=None, rows=[question(row) for row in batch.rows])
+
+
+def question(row: Row) -> Row:
+    """A row without its label or answer."""
+    kept = {key: value for key, value in row.items() if key not in ("label", "answer")}
+    if kept.get("messages") is not None:
+        turns = list(kept["messages"])
+        while turns and turns[-1]["role"] == "assistant":
+            turns.pop()
+        kept["messages"] = turns
+    return kept

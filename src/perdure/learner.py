@@ -18,16 +18,18 @@ from .arrivals import arrival, learn_spooled
 from .assembly import as_labels
 from .attachment import holds, release
 from .bookkeeping import Counters, Past, Position, quiet
-from .data import Batch, Output, Row, Rows
+from .data import Batch, Output, Row, Rows, without_answers
 from .early_stopping import EarlyStopping
 from .errors import BadInput
+from .evaluation.classes import count_classes
 from .heads import Head
 from .holdings import Marks
 from .loading import derived_seed, drawn, granted
 from .loop import Loop
 from .memory.observe import RouterLog
 from .models import ASKED
-from .passes import features_of, without_answers
+from .objectives import right
+from .passes import features_of
 from .streams.experience import Experience
 from .watch import check_scored_rows_gone, check_votes
 
@@ -38,12 +40,15 @@ class Learner(Loop):
     __doc__ = Loop.__doc__
 
     # ---- evaluation and use
-    def evaluate(self, experiences: Sequence[Experience], split: str = "test") -> dict[int, float | None]:
+    def evaluate(
+        self, experiences: Sequence[Experience], split: str = "test", *, per_class: dict[str, list[int]] | None = None
+    ) -> dict[int, float | None]:
         """Scores the model on each experience; nothing of the learner changes, random states included.
 
         Args:
             experiences: e.g. `stream.seen`.
             split: "test" or "valid".
+            per_class: class -> [rows classified right, rows]; the rows scored here are added, where they have classes.
 
         Returns:
             experience index -> accuracy in [0, 1] or perplexity; None where the split has no rows.
@@ -64,9 +69,9 @@ class Learner(Loop):
                     f"{experience.index}, so one score would be lost; score them in two calls"
                 )
             names[experience.index] = experience.name
-        return {experience.index: self._evaluate_one(experience, split) for experience in experiences}
+        return {experience.index: self._evaluate_one(experience, split, per_class) for experience in experiences}
 
-    def _evaluate_one(self, experience: Experience, split: str) -> float | None:
+    def _evaluate_one(self, experience: Experience, split: str, per_class: dict[str, list[int]] | None) -> float | None:
         rows = getattr(experience, split)
         if self.protocol.max_test_rows is not None:
             rows = drawn(rows, self.protocol.max_test_rows)
@@ -93,6 +98,8 @@ class Learner(Loop):
                     parts.append((replace(batch, inputs={}), output))
                     continue
                 total += self._score(batch, output, allowed)
+                if per_class is not None and self.head is not None:
+                    count_classes(per_class, batch.rows, right(batch, output, allowed).tolist())
             if together:
                 total += self._score(*self.objective.gathered(parts), None)
         check_scored_rows_gone(self, self._marks(experience, split, rows), split, experience.name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .assembly import caches_features
 from .bookkeeping import Unlearnt, quiet
-from .data import Batch, Row, Rows
+from .data import Batch, Rows, without_answers
 from .errors import BadInput
 from .loading import make_batch, take
 from .memory.observe import RouterLog, observing
@@ -160,18 +160,3 @@ class Passes:
 
 def features_of(output: Any) -> Tensor:
     return output.features.float().cpu()
-
-
-def without_answers(batch: Batch) -> Batch:
-    """What a method may see of rows that are scored or predicted."""
-    return replace(batch, labels=None, rows=[_question(row) for row in batch.rows])
-
-
-def _question(row: Row) -> Row:
-    kept = {key: value for key, value in row.items() if key not in ("label", "answer")}
-    if kept.get("messages") is not None:
-        turns = list(kept["messages"])
-        while turns and turns[-1]["role"] == "assistant":
-            turns.pop()
-        kept["messages"] = turns
-    return kept

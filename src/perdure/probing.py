@@ -82,14 +82,17 @@ class Probing:
         curve = bool(self.ends) and all(
             any(begin < step < end for step in every) for begin, end in zip(begins, self.ends, strict=True)
         )
-        window = self.config.window or 10 * self.config.every
-        return {
-            "anytime_accuracy": metrics.anytime_accuracy(self._averages()) if curve else None,
-            "min_acc": metrics.min_acc(probes, self.ends, higher_is_better) if curve else None,
-            "wc_acc": metrics.wc_acc(probes, self.ends, higher_is_better) if curve else None,
-            "windowed_forgetting": metrics.windowed_forgetting(probes, window, higher_is_better) if curve else None,
-            "windowed_plasticity": metrics.windowed_plasticity(probes, window, higher_is_better) if curve else None,
+        window, ends = self.config.window or 10 * self.config.every, self.ends
+        found = {
+            "anytime_accuracy": lambda: metrics.anytime_accuracy(self._averages()),
+            "min_acc": lambda: metrics.min_acc(probes, ends, higher_is_better),
+            "wc_acc": lambda: metrics.wc_acc(probes, ends, higher_is_better),
+            "windowed_forgetting": lambda: metrics.windowed_forgetting(probes, window, higher_is_better),
+            "windowed_plasticity": lambda: metrics.windowed_plasticity(probes, window, higher_is_better),
+            "recovery_steps": lambda: metrics.recovery_steps(probes, ends, higher_is_better=higher_is_better),
+            "recovered_share": lambda: metrics.recovered_share(probes, ends, higher_is_better=higher_is_better),
         }
+        return {name: figure() if curve else None for name, figure in found.items()}
 
     def _averages(self) -> list[tuple[int, float]]:
         """(step, mean score over the experiences met by then)."""

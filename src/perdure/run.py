@@ -20,11 +20,13 @@ from .errors import BadInput, DamagedState, ForgotTooMuch, Interrupted, NonFinit
 from .evaluation.plasticity import feature_drift
 from .learner import Learner
 from .memory.observe import RouterLog
+from .metering import inference
 from .models import load_model, model_name
 from .probing import Probing
 from .progress import Progress
 from .recipe import Recipe, resolved_yaml
 from .registry import OBJECTIVES
+from .run_accounts import Accounts
 from .run_folder import (
     LOCK_FILE,
     LOSSES_FILE,
@@ -204,6 +206,7 @@ class Run:
         self.probes: dict[int, Tensor] = {}
         probe = recipe.protocol.probe
         self.probing = None if probe is None else Probing(probe)
+        self.accounts = Accounts()
         self.environment = environment(self.learner.device)
         self.notes: list[str] = []
 
@@ -250,6 +253,7 @@ class Run:
         with told(self.progress.warn):
             self._resume()
         learner = self.learner
+        self.accounts.begin(learner)
         with self.progress:
             if not len(self.store):
                 started = time.perf_counter()
@@ -260,6 +264,7 @@ class Run:
             for experience in self.stream:
                 if learner.position.phase != "evaluate":
                     self.progress.start(f"experience {experience.index + 1}/{self.length} {experience.name}")
+                    learner.meter_next = experience.index == self.length - 1  # once a run, where most has grown
                     learner.learn(experience, on_step=self._on_step)
                 self._after(experience)
                 self.progress.experience_done(experience, self.matrix[-1], learner.objective.metric)
@@ -298,11 +303,12 @@ class Run:
         try:
             self._stop_if_asked()
             probe = self._probe(experience)
-            row = self._row(experience.index)
+            counts: dict[str, list[int]] = {}
+            row = self._row(experience.index, counts=counts)
         except Interrupted:
             self._save()
             raise
-        self._keep(experience, probe)
+        self._keep(experience, probe, counts)
         self.evaluation_seconds += time.perf_counter() - started
         if self.probing is not None:  # counts its own time
             self.probing.after_experience(learner, self.stream)
@@ -325,8 +331,12 @@ class Run:
         return report
 
     # ---- scores
-    def _row(self, learnt: int, everything: bool = False) -> list[float | None]:
-        """One row of R: experiences the protocol lets us score, null elsewhere."""
+    def _row(
+        self, learnt: int, everything: bool = False, counts: dict[str, list[int]] | None = None
+    ) -> list[float | None]:
+        """One row of R: experiences the protocol lets us score, null elsewhere. `counts` takes the right answers by
+        class on those learnt.
+        """
         evaluate = "all" if everything else self.recipe.protocol.evaluate
         reach = {"seen": learnt + 1, "seen_and_next": learnt + 2, "all": self.length}[evaluate]
         row: list[float | None] = [None] * self.length
@@ -339,7 +349,8 @@ class Run:
         done = 0
         for experience in scored:
             self._stop_if_asked()
-            score = self.learner.evaluate([experience])[experience.index]
+            mine = counts if experience.index <= learnt else None
+            score = self.learner.evaluate([experience], per_class=mine)[experience.index]
             if score is not None and not math.isfinite(score):
                 raise NonFiniteLoss(
                     f"{self.learner.objective.metric} on experience {experience.index} is {score} after experience "
@@ -391,7 +402,13 @@ class Run:
             }
         return probe
 
-    def _keep(self, experience: Experience, probe: Probe) -> None:
+    def _keep(self, experience: Experience, probe: Probe, counts: dict[str, list[int]]) -> None:
+        learner, accounts = self.learner, self.accounts
+        accounts.classes.append(counts)
+        accounts.stored.append(learner.stored_bytes())
+        if experience.index == self.length - 1:
+            accounts.work |= inference(learner, experience)
+        accounts.look(learner)
         if probe.features is not None:
             self.probes[experience.index] = probe.features
             if self.learner.protocol.boundaries == "train" and not self.learner.caches_features:
@@ -412,6 +429,7 @@ class Run:
 
     def _save(self, boundary: int | None = None, report: dict[str, Any] | None = None) -> None:
         self._refuse_non_finite(self.learner.learnt_state()[0])
+        self.accounts.look(self.learner)
         tensors, values = self.learner.state_dict()
         tensors |= {f"probe/{index}": probe for index, probe in self.probes.items()}
         values["run"] = {
@@ -421,6 +439,7 @@ class Run:
             "environment": self.environment, "stream_hash": self.stream.hash, "base_hash": self.base_hash,
             "evaluation_seconds": self.evaluation_seconds, "notes": self.notes, "report": report,
             "probing": None if self.probing is None else self.probing.state_dict(),
+            "accounts": self.accounts.state_dict(),
         }  # fmt: skip
         self.store.save(self.learner.counters.steps, tensors, values, boundary=boundary)
 
@@ -449,7 +468,10 @@ class Run:
         self.learner.load_state_dict(state.tensors, state.values)
         self.matrix, self.baseline, self.trainable = kept["matrix"], kept["baseline"], kept["trainable"]
         self.drift, self.router_history, self.router = kept["drift"], kept["router_history"], kept["router"]
-        self.evaluation_seconds = kept["evaluation_seconds"]
+        self.evaluation_seconds, self.accounts = (
+            kept["evaluation_seconds"],
+            Accounts.of(kept.get("accounts"), len(kept["matrix"])),
+        )
         if self.probing is not None:
             self.probing.load_state_dict(kept["probing"])
         self.notes = [*kept["notes"], *(note for note in self.notes if note not in kept["notes"])]

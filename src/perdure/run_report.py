@@ -34,9 +34,11 @@ def report_of(run: Run, status: str) -> dict[str, Any]:
         cost=_cost(run),
         status=status,
         plasticity=_plasticity(run),
-        metrics=None if run.probing is None else run.probing.figures(learner.objective.higher_is_better),
-        curves={"loss": read_losses(run.losses_path)}
+        metrics=run.accounts.figures()
+        | ({} if run.probing is None else run.probing.figures(learner.objective.higher_is_better)),
+        curves={"loss": read_losses(run.losses_path), "stored_bytes": run.accounts.stored}
         | ({} if run.probing is None else {"probe": run.probing.curves()}),
+        per_class=run.accounts.table(),
         router=run.router,
         environment=run.environment,
         notes=run.notes,
@@ -87,16 +89,26 @@ def _cost(run: Run) -> dict[str, float]:
     from .holdings import unsaved_bytes
     from .replay import row_bytes
 
-    learner, counters = run.learner, run.learner.counters
+    learner, counters, stored = run.learner, run.learner.counters, run.accounts.stored
     return {
         "seconds": counters.seconds, "evaluation_seconds": run.evaluation_seconds,
         "trainable_parameters": run.trainable or learner.trainable_parameters(),
         "total_parameters": sum(p.numel() for p in learner.system.parameters()),
-        "stored_bytes": learner.stored_bytes(), "steps": counters.steps, "samples": counters.samples,
+        "stored_bytes": stored[-1] if stored else learner.stored_bytes(),
+        "steps": counters.steps, "samples": counters.samples,
         "extra_passes": counters.extra_passes, "extra_rows": counters.extra_rows,
         "rehearsal_bytes": sum(map(row_bytes, learner.replay.rows)), "unsaved_bytes": unsaved_bytes(learner),
-        **({} if run.probing is None else {"probe_seconds": run.probing.seconds}),
+        **run.accounts.cost(), **_probe_cost(run),
     }  # fmt: skip
+
+
+def _probe_cost(run: Run) -> dict[str, float]:
+    """Time of the probes, and its share of all the time that learning, scoring and probing took."""
+    if run.probing is None:
+        return {}
+    seconds = run.probing.seconds
+    total = run.learner.counters.seconds + run.evaluation_seconds + seconds
+    return {"probe_seconds": seconds, "probe_share": seconds / total if total else 0.0}
 
 
 def read_losses(path: Path, size: int | None = None) -> list[list[float]]:

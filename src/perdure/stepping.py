@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,9 @@ class Stepping(Passes):
     _bookmark: Bookmark | None = None
     _early: EarlyStopping | None = None
     _asked: Tensor | None = None
+    meter_next: bool = False
+    """Whether the first step of the next experience is counted, see `metering`."""
+    metered: dict[str, float] | None = None
 
     # ---- what trains
     def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
@@ -124,7 +127,8 @@ class Stepping(Passes):
                     if early is not None and early.over:
                         break
                     logged = self.counters.steps % self.training.logging_steps == 0
-                    losses = self._step(micro_batches, plan, logged)
+                    with self._counted(micro_batches):
+                        losses = self._step(micro_batches, plan, logged)
                     self.position.step += 1
                     self.counters.steps += 1
                     if early is not None:
@@ -156,6 +160,13 @@ class Stepping(Passes):
     def begins(self) -> bool:
         """Whether the micro-batch at work is the first of its experience."""
         return self.position.step == 0 and self._micro == 0
+    def _counted(self, micro_batches: list[Batch]) -> AbstractContextManager[None]:
+        if not self.meter_next or self.position.step:
+            return nullcontext()
+        from .metering import training_step
+
+        self.meter_next = False
+        return training_step(self, micro_batches)
 
     def tick(self) -> None:
         """Adds the time since the last tick to the counted seconds."""

@@ -1,6 +1,6 @@
 """What the loop looks after while plug-ins work, so that what was not granted is refused and not only declared.
 
-What a plug-in could learn from is withheld (`Loop._withheld`, `passes.without_answers`, `Services`); what is here
+What a plug-in could learn from is withheld (`Loop._withheld`, `data.without_answers`, `Services`); what is here
 measures what it does: rows that it keeps, rows that it trains on beside the loop, predictions that hang on the batch.
 """
 

@@ -165,7 +165,11 @@ def write_arm(folder: Path, arm: str) -> Path:
 def without_times(value: Any) -> Any:
     """All but seconds and the environment."""
     if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k != "environment" and not k.endswith("seconds")}
+        return {
+            k: without_times(v)
+            for k, v in value.items()
+            if k not in ("environment", "probe_share") and not k.endswith("seconds")
+        }
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 

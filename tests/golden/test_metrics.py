@@ -183,7 +183,59 @@ def test_windowed_forgetting_and_plasticity_count_steps():
         m.windowed_forgetting(PROBES, 1)
 
 
+# Level of 0.8 at the boundary after step 10; then 0.3, 0.79 and, in the third experience, never above 0.7.
+GAP = {
+    0: [(5, 0.4), (10, 0.8), (12, 0.3), (15, 0.79), (20, 0.7), (24, 0.5), (30, 0.6)],
+    1: [(15, 0.2), (20, 0.9), (24, 0.9), (30, 0.5)],
+    2: [(24, 0.4), (30, 1.0)],
+}
+
+
+def test_recovery_counts_steps_from_the_boundary_to_the_first_probe_that_is_back():
+    # 0.95 of 0.8 is 0.76: back at step 15. Of 0.7 it is 0.665: 0.5 and 0.6 are not. Of 0.9, 0.855: 0.5 at the end.
+    assert m.recoveries(GAP, ENDS) == [(0, 0, 5, True), (0, 1, 10, False), (1, 1, 10, False)]
+    assert m.recovery_steps(GAP, ENDS) == pytest.approx((5 + 10 + 10) / 3)
+    assert m.recovered_share(GAP, ENDS) == pytest.approx(1 / 3)
+    # Half the level: 0.4, 0.35, 0.45 are the bars; only 0.3 at step 12 is below one.
+    assert m.recoveries(GAP, ENDS, 0.5) == [(0, 0, 5, True), (0, 1, 0, True), (1, 1, 0, True)]
+    # The whole level: 0.79 is not 0.8.
+    assert m.recoveries(GAP, ENDS, 1.0)[0] == (0, 0, 10, False)
+    assert m.recovery_steps(GAP, [10]) is None and m.recovered_share({}, ENDS) is None
+    with pytest.raises(BadInput, match="share"):
+        m.recovery_steps(GAP, ENDS, 95)
+
+
+def test_recovery_of_perplexity():
+    # Level 10: below 10 / 0.8 = 12.5 is back. 20 has fallen, 12 is back after 6 steps.
+    probes = {0: [(10, 10.0), (13, 20.0), (16, 12.0), (20, 30.0)]}
+    assert m.recoveries(probes, [10, 20], 0.8, higher_is_better=False) == [(0, 0, 6, True)]
+    assert m.recovery_steps(probes, [10, 20], 0.25, higher_is_better=False) == 0.0  # 30 is not above 10 / 0.25
+
+
+def test_perplexity_forms_of_what_is_seen_between_boundaries():
+    probes = {0: [(5, 30.0), (10, 10.0), (15, 40.0), (20, 12.0)], 1: [(15, 50.0), (20, 20.0)]}
+    assert m.min_acc(probes, [10, 20], higher_is_better=False) == 40.0
+    assert m.wc_acc(probes, [10, 20], higher_is_better=False) == pytest.approx(20 / 2 + 40 / 2)
+    # The largest rise of experience 0 inside 10 steps is 10 -> 40; experience 1 only falls, by 30.
+    assert m.windowed_forgetting(probes, 10, higher_is_better=False) == pytest.approx((30 - 30) / 2)
+    assert m.windowed_plasticity(probes, 10, higher_is_better=False) == pytest.approx((28 + 30) / 2)
+    # averages 30, 10, 45, 16, each for 5 of 20 steps
+    assert m.anytime_accuracy([(5, 30.0), (10, 10.0), (15, 45.0), (20, 16.0)]) == pytest.approx(101 / 4)
+
+
+def test_perplexity_forms_of_the_matrix():
+    figures = m.summary([[10.0, 40.0, 90.0], [8.0, 20.0, 80.0], [14.0, 26.0, 30.0]], False, [50.0, 60.0, 100.0])
+    expected = {
+        "average_accuracy": 70 / 3, "average_incremental_accuracy": (10 + 14 + 70 / 3) / 3, "learning_accuracy": 20.0,
+        "forgetting": 6.0, "backward_transfer": -5.0, "backward_transfer_clipped": -10 / 3, "worst_experience": 30.0,
+        "forward_transfer": (20 + 20) / 2, "transfer": (40 + 85) / 2, "average": 318 / 9, "last": 70 / 3,
+    }  # fmt: skip
+    assert figures == pytest.approx(expected)
+
+
 def test_direction():
+    assert not m.direction("recovery_steps", True) and m.direction("recovered_share", False)
+    assert not m.direction("class_forgetting", True)
     assert m.direction("average_accuracy", True) and not m.direction("average_accuracy", False)
     assert not m.direction("forgetting", True) and not m.direction("evaluation_seconds", True)
     assert m.direction("backward_transfer", False)

@@ -102,6 +102,24 @@ def test_run_and_compare_share_their_folders(recipe):
     assert recipe_hash(alone) == recipe_hash(run)
 
 
+def test_an_order_of_classes_for_each_seed_is_shared_by_its_arms(tmp_path):
+    from perdure.streams import build_stream
+
+    rows = [{"text": f"row {n} of {label}", "label": label} for label in "abcdef" for n in range(2)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {**SETTINGS, "stream": {"source": {"path": str(path), "test": str(path)}, "experiences": 3}}
+    (tmp_path / "tiny.yaml").write_text(yamltext.dump(settings))
+    loaded = load_recipe(str(tmp_path / "tiny.yaml"), ["stream.class_order=seed"], compared=True)
+    made = comparisons.plan(loaded, ["lora", "frozen"], [0, 1, 2], tmp_path / "out")
+    orders = {
+        arm: [[each.classes for each in build_stream(run.stream, run.seed)] for run in members]
+        for arm, members in made.items()
+    }
+    assert orders["lora"] == orders["frozen"]
+    assert len({str(order) for order in orders["lora"]}) == 3
+
+
 def test_what_was_typed_holds_for_every_arm(tmp_path):
     recipe = make_recipe(SETTINGS, ["training.learning_rate=1e-2", "stream.experiences=4"])
     plan = comparisons.plan(recipe, None, [0], tmp_path)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from perdure.data import question
 from perdure.errors import BadInput
-from perdure.learner import Learner, _question
+from perdure.learner import Learner
 from perdure.objectives.causal_lm import CausalLM, PastPadding
 from perdure.objectives.instruction import Instruction
 from perdure.processors import ByteTokenizer
@@ -223,7 +224,7 @@ def test_no_method_sees_an_answer(gpt2):
     messages = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "2"}]
     taught.evaluate([stream((ROWS, ROWS)).experience(0)])
     assert [set(row) for row in seen] == [{"prompt"}] * 2
-    assert _question({"messages": messages, "answer": "2"}) == {"messages": messages[:1]}
+    assert question({"messages": messages, "answer": "2"}) == {"messages": messages[:1]}
 
 
 def test_rules_of_generation_are_kept(gpt2, monkeypatch):

@@ -285,6 +285,48 @@ def test_joint_measured_once_renders():
     assert "82.0" in visible(check(page, "perdure-comparison")[0])
 
 
+def test_a_page_over_orders_names_places_and_says_so():
+    def page_of(order: str | int, *names: str) -> str:
+        runs = {"lora": [sample("lora", seed, 3) for seed in (0, 1, 2)]}
+        for report, first in zip(runs["lora"], names, strict=True):
+            report["details"]["stream"] |= {"class_order": order, "experiences": [first, "b", "c"]}
+        comparison = build_comparison(runs, recipe="demo")
+        return visible(check(render_comparison(comparison, runs["lora"]), "perdure-comparison")[0])
+
+    same, other = page_of(1993, "zoo", "zoo", "zoo"), page_of("seed", "zoo", "ape", "elk")
+    assert "not over orders" in same and "1 zoo" in same
+    assert "an order of classes of its own" in other and "1 zoo" not in other and "after 1" in other
+
+
+def test_the_page_shows_classes_bytes_and_work():
+    table = [
+        {"name": f"<b>{n}", "rows": 4, "scores": [0.9, 0.5 - n / 100], "forgetting": 0.4 + n / 100} for n in range(12)
+    ]
+    report = sample(count=2, per_class=table, curves={"loss": [], "stored_bytes": [1_000_000, 3_500_000]})
+    report["cost"] |= {"inference_flops_per_token": 1.25e9, "step_peak_bytes": 5_000_000, "probe_share": 0.125}
+    text = visible(check(render_run(report), "perdure-report")[0])
+    assert "Classes that lost most" in text and "<b>11" in text and "<b>2" in text and "<b>1 " not in text
+    assert "All 12 classes" in text and "MB stored" in text and "1.25 G" in text and "12.5 %" in text
+    assert "Classes that lost most" not in render_run(sample())
+    with pytest.raises(BadInput, match=r"per_class\.0: rows: is missing"):
+        build.validate_report({**sample(), "per_class": [{"name": "a"}]})
+    with pytest.raises(BadInput, match=r"per_class\.0\.scores: column 1"):
+        build.validate_report({**sample(), "per_class": [{**table[0], "scores": [0.5, "x"]}]})
+    with pytest.raises(BadInput, match="per_class: expected a list"):
+        build.validate_report({**sample(), "per_class": "all"})
+
+
+def test_the_terminal_shows_differences_to_the_reference():
+    comparison, _ = _compared((0, 1, 2))
+    row = next(row for row in comparison["rows"] if row["arm"] == "moram")
+    text = " ".join(_printed(terminal.print_comparison, comparison, width=200).split())
+    shown, wins = words.difference("average_accuracy", row["difference"]["average_accuracy"])
+    assert "Difference to lora, paired by seed, in points" in text and f"moram {shown} {wins}" in text
+    assert words.difference("forgetting", None) == (words.DASH, words.DASH)
+    alone, _ = _compared((0,))
+    assert "[" not in words.difference("average_accuracy", alone["rows"][0]["difference"]["average_accuracy"])[0]
+
+
 def test_reports_must_be_those_of_the_runs():
     comparison, reports = _compared((0, 1))
     with pytest.raises(BadInput, match="13 for 14 runs"):
@@ -332,6 +374,13 @@ def test_lists_are_told_shortly():
     )
     assert words.text(list(range(99))).endswith("23 … (99 in all)")
     assert words.figure("samples", 12_300) == "12.3 k" and words.figure("evaluation_seconds", 12.0) == "12 s"
+
+
+def test_units_of_work_and_shares():
+    assert words.figure("train_flops_per_token", 2.5e9) == "2.5 G" and words.figure("train_flops_per_row", 12.0) == "12"
+    assert words.figure("probe_share", 0.0456) == "4.56 %" and words.unit("recovered_share") == ""
+    assert words.figure("recovery_steps", 12.4) == "12" and words.unit("recovery_steps") == ""
+    assert words.unit("class_forgetting") == "points" and words.figure("growth_bytes", 1_600_000) == "1.6 MB"
 
 
 def test_ticks():

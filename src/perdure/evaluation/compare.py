@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import BadInput
-from .metrics import direction
+from .metrics import direction, intransigence
 
 COMPARISON_SCHEMA = 1
 CLAIM_SEEDS = 3
@@ -206,9 +206,10 @@ def build_comparison(
     Returns:
         The contract's keys, and: `stream_details`, `tuning`, `pretraining` (arm -> what its backbone may have seen),
         `warnings` (lines about runs made by different code or machines); in each row `arm` (unique), `model`, `runs`
-        (indices into `runs`), `values` (figure -> its values in the order of `seeds`) and `made_by` (the different
-        commits and machines of its runs). `environment` holds what all runs share; where they differ, the list of what
-        was found. `runs` lists the rows' runs in order; `render_comparison` takes reports in that order.
+        (indices into `runs`), `values` (figure -> its values in the order of `seeds`), `made_by` (the different
+        commits and machines of its runs) and `joint` (the arm of joint training that its `intransigence` is counted
+        from, null without one). `environment` holds what all runs share; where they differ, the list of what was found.
+        `runs` lists the rows' runs in order; `render_comparison` takes reports in that order.
 
     Raises:
         BadInput: no arm or an arm without runs, a seed twice, an unknown reference, or as `check_comparable`.
@@ -218,10 +219,11 @@ def build_comparison(
     reference = next(iter(arms)) if reference is None else reference
     if reference not in arms:
         raise BadInput(f"reference: {reference!r} is not an arm; arms: {', '.join(arms)}")
+    arms, joint = _against_joint(arms)
     flat, rows = [], []
     for arm, reports in arms.items():
         labels = _labels(arm, reports, (paths or {}).get(arm))
-        row = _row(arm, reports, (notes or {}).get(arm))
+        row = {**_row(arm, reports, (notes or {}).get(arm)), "joint": joint.get(arm)}
         rows.append({**row, "runs": list(range(len(flat), len(flat) + len(reports)))})
         flat += labels
     check_comparable({f"{arm}, seed {r['seed']}": r for arm, reports in arms.items() for r in reports})
@@ -246,6 +248,38 @@ def build_comparison(
         "pretraining": {row["arm"]: _get(arms[row["arm"]][0], "details.pretraining.said") for row in rows},
         "runs": flat,
     }
+
+
+def _against_joint(
+    arms: Mapping[str, Sequence[Report]],
+) -> tuple[dict[str, list[Report]], dict[str, str]]:
+    """The arms with `intransigence` in their metrics where a joint arm has run, and arm -> that joint arm.
+
+    a*_j is the last score on experience j of joint training with the same seed and, where there is one, the same head.
+    Chaudhry et al. 2018 train a joint model for every j instead, which sees no class after it.
+    """
+    joint = {arm: reports for arm, reports in arms.items() if reports and _is_joint(reports[0])}
+    found: dict[str, list[Report]] = {}
+    used: dict[str, str] = {}
+    for arm, reports in arms.items():
+        found[arm] = list(reports)
+        if not joint or arm in joint:
+            continue
+        head = reports[0]["head"] if reports else None
+        used[arm] = next((name for name, others in joint.items() if others[0]["head"] == head), next(iter(joint)))
+        best = {other["seed"]: other["matrix"][-1] for other in joint[used[arm]] if other["matrix"]}
+        found[arm] = [
+            {**r, "metrics": {**r["metrics"], "intransigence": _gap(r, best.get(r["seed"]))}} for r in reports
+        ]
+    return found, used
+
+
+def _is_joint(report: Report) -> bool:
+    return any(method.get("name") == "joint" for method in _get(report, "details.method") or [])
+
+
+def _gap(report: Report, best: Sequence[float | None] | None) -> float | None:
+    return None if best is None else intransigence(report["matrix"], best, report["higher_is_better"])
 
 
 def _shared(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -26,11 +26,13 @@ from ..errors import BadInput
 Matrix = Sequence[Sequence[float | None]]
 Probes = Mapping[int, Sequence[tuple[int, float]]]
 
-LOWER_IS_BETTER = frozenset({"forgetting", "intransigence", "windowed_forgetting"})
-HIGHER_IS_BETTER = frozenset(
-    {"backward_transfer", "backward_transfer_clipped", "forward_transfer", "windowed_plasticity"}
+LOWER_IS_BETTER = frozenset(
+    {"forgetting", "intransigence", "windowed_forgetting", "class_forgetting", "worst_class_forgetting"}
 )
-_COSTS = ("seconds", "bytes", "parameters", "steps", "passes", "samples", "rows", "flops_per_token")
+HIGHER_IS_BETTER = frozenset(
+    {"backward_transfer", "backward_transfer_clipped", "forward_transfer", "windowed_plasticity", "recovered_share"}
+)
+_COSTS = ("seconds", "bytes", "parameters", "steps", "passes", "samples", "rows", "flops_per_token", "flops_per_row")
 
 
 def is_cost(name: str) -> bool:
@@ -316,6 +318,71 @@ def wc_acc(probes: Probes, ends: Sequence[int], higher_is_better: bool = True) -
     if not newest or lowest is None:
         return None
     return newest[-1][1] / k + (1 - 1 / k) * lowest
+
+
+RECOVERED = 0.95
+"""Share of its level before the boundary at which an old experience counts as recovered."""
+
+
+def recoveries(
+    probes: Probes, ends: Sequence[int], share: float = RECOVERED, higher_is_better: bool = True
+) -> list[tuple[int, int, int, bool]]:
+    """How each old experience came through each later one (the stability gap in steps).
+
+    The level of experience i before boundary e is its last probe at or before step ends[e]. It fell if a probe inside
+    the next experience, ends[e] < n <= ends[e+1], is below share · level (perplexity: above level / share), and it has
+    recovered at the first later probe there that is not.
+
+    Args:
+        probes, ends: as in `min_acc`.
+        share: in (0, 1]; 1 asks for the whole level.
+
+    Returns:
+        (i, e, steps, recovered) for every i <= e < len(ends) - 1 with a level and a probe inside. Steps are counted
+        from the boundary to the probe that has recovered: 0 where nothing fell; where it never came back, the length of
+        the next experience, which is a lower bound. They are as fine as the distance between probes.
+
+    Raises:
+        BadInput: the share is outside (0, 1], or samples are not in order.
+    """
+    if not 0 < share <= 1:
+        raise BadInput(f"share: found {share}; a share of the level lies in (0, 1]")
+    found = []
+    for i in range(len(ends) - 1):
+        points = _samples(probes.get(i, ()), f"probes of experience {i}")
+        for e in range(i, len(ends) - 1):
+            before = [v for s, v in points if s <= ends[e]]
+            inside = [(s, v) for s, v in points if ends[e] < s <= ends[e + 1]]
+            if before and inside:
+                bar = before[-1] * share if higher_is_better else before[-1] / share
+                found.append((i, e, *_recovery(inside, bar, ends[e], ends[e + 1], higher_is_better)))
+    return found
+
+
+def _recovery(
+    inside: Sequence[tuple[int, float]], bar: float, begin: int, end: int, higher_is_better: bool
+) -> tuple[int, bool]:
+    below = [v < bar if higher_is_better else v > bar for _, v in inside]
+    if not any(below):
+        return 0, True
+    for (step, _), low in list(zip(inside, below, strict=True))[below.index(True) :]:
+        if not low:
+            return step - begin, True
+    return end - begin, False
+
+
+def recovery_steps(
+    probes: Probes, ends: Sequence[int], share: float = RECOVERED, higher_is_better: bool = True
+) -> float | None:
+    """Mean over `recoveries` of the steps until an old experience was back; a lower bound where some never were."""
+    return _mean([float(steps) for _, _, steps, _ in recoveries(probes, ends, share, higher_is_better)])
+
+
+def recovered_share(
+    probes: Probes, ends: Sequence[int], share: float = RECOVERED, higher_is_better: bool = True
+) -> float | None:
+    """Share of `recoveries` that were back before the next boundary, those that never fell included."""
+    return _mean([float(back) for *_, back in recoveries(probes, ends, share, higher_is_better)])
 
 
 def windowed_forgetting(probes: Probes, window: int, higher_is_better: bool = True) -> float | None:

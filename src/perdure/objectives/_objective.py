@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..config import ObjectiveConfig
-from ..data import Batch, Output, Rows
+from ..data import Batch, Output, Rows, wide
 from ..errors import BadInput
 from ..registry import OBJECTIVES
 
@@ -119,6 +119,15 @@ class Objective(ABC):
     @abstractmethod
     def finish(self, total: float, count: int) -> float:
         """The metric from the sums of `score`; NaN where nothing was counted."""
+
+
+def right(batch: Batch, output: Output, allowed: Tensor | None = None) -> Tensor:
+    """Which rows [B] are given their own class among the allowed ones ([C] or [B, C]); never one without a class."""
+    assert output.logits is not None and batch.labels is not None
+    logits = wide(output.logits)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, float("-inf"))
+    return logits.argmax(-1) == batch.labels
 
 
 def require(row: Any, position: int, field: str, kind: type | tuple[type, ...], remedy: str) -> Any:

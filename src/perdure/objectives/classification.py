@@ -22,7 +22,7 @@ from ..processors import (
     tokenizer_of,
 )
 from ._augment import AUGMENTATIONS, Augmentation
-from ._objective import Objective, index_tensor, pad_right, register, require
+from ._objective import Objective, index_tensor, pad_right, register, require, right
 
 if TYPE_CHECKING:
     import numpy as np
@@ -185,10 +185,8 @@ class Classification(Objective):
         return summed, counted.sum()
 
     def score(self, batch: Batch, output: Output, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        logits, labels = _logits(batch, output)
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, float("-inf"))
-        return (logits.argmax(-1) == labels).sum().double(), (labels != -100).sum()
+        _, labels = _logits(batch, output)
+        return right(batch, output, allowed).sum().double(), (labels != -100).sum()
 
     def finish(self, total: float, count: int) -> float:
         """Accuracy in [0, 1]."""

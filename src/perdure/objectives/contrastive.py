@@ -49,7 +49,7 @@ from ..processors import (
     tokenizer_of,
 )
 from ._augment import AUGMENTATIONS, Augmentation
-from ._objective import Objective, index_tensor, pad_right, register, require
+from ._objective import Objective, index_tensor, pad_right, register, require, right
 from .classification import class_ids, classification_terms, image_of, pool
 
 if TYPE_CHECKING:
@@ -313,12 +313,9 @@ class ImageText(Objective):
 
     def score(self, batch: Batch, output: Output, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if output.logits is not None:
-            logits, labels = wide(output.logits), batch.labels
-            if labels is None:
+            if batch.labels is None:
                 raise ValueError("image_text: the score needs labels")
-            if allowed is not None:
-                logits = logits.masked_fill(~allowed, float("-inf"))
-            return (logits.argmax(-1) == labels).sum().double(), (labels != -100).sum()
+            return right(batch, output, allowed).sum().double(), (batch.labels != -100).sum()
         scores, counted = _pairs(batch, output)
         texts = [row["text"] for row in batch.rows]
         best = scores.argmax(-1).tolist()

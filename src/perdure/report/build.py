@@ -54,6 +54,9 @@ _DETAILS: dict[str, tuple[type, ...]] = {
 _METHOD_FIELDS: dict[str, tuple[type, ...]] = {
     "name": _TEXT, "title": _OPTIONAL_TEXT, "status": _OPTIONAL_TEXT, "config": _OBJECT
 }  # fmt: skip
+_CLASS_FIELDS: dict[str, tuple[type, ...]] = {
+    "name": _TEXT, "rows": (int,), "scores": (Sequence,), "forgetting": (int, float, type(None))
+}  # fmt: skip
 _METRIC_KEYS = ("average_accuracy", "average_incremental_accuracy", "forgetting", "backward_transfer")
 _METRIC_KEYS += ("forward_transfer", "learning_accuracy")
 _COST_KEYS = ("seconds", "trainable_parameters", "stored_bytes")
@@ -83,6 +86,7 @@ def build_report(
     router: Mapping[str, Mapping[str, float]] | None = None,
     environment: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    per_class: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """A run's report, schema 1, with `metrics` computed from the matrix.
 
@@ -91,9 +95,10 @@ def build_report(
         baseline: scores before any learning, or None.
         cost: at least `seconds`, `trainable_parameters`, `stored_bytes`.
         metrics: further figures (anytime accuracy, intransigence) beside those of R.
-        curves: `loss`: [[step, experience, value]].
+        curves: `loss`: [[step, experience, value]]; `stored_bytes`: bytes after each experience.
         router: site -> figure -> value.
         status: "complete" or "running".
+        per_class: as `evaluation.classes.class_table` gives it.
 
     Raises:
         BadInput: as `validate_report`.
@@ -124,6 +129,7 @@ def build_report(
         "environment": dict(environment or {}),
         "status": status,
         "notes": list(notes),
+        "per_class": [dict(row) for row in per_class],
     }
     return validate_report(report)
 
@@ -152,6 +158,7 @@ def validate_report(report: Any, where: str = "report") -> dict[str, Any]:
     _check_numbers(report["metrics"], f"{where}: metrics")
     _check_details(report["details"], f"{where}: details")
     _check_loss(report["curves"].get("loss", []), f"{where}: curves.loss")
+    _check_per_class(report.get("per_class") or (), f"{where}: per_class")
     for site, stats in report["router"].items():
         if not isinstance(stats, Mapping):
             raise BadInput(f"{where}: router.{site}: expected figures by name, found {stats!r}")
@@ -187,6 +194,14 @@ def _check_loss(points: Any, where: str) -> None:
             raise BadInput(
                 f"{where}: point {number}: expected three numbers [step, experience, value], found {point!r:.80}"
             )
+
+
+def _check_per_class(rows: Any, where: str) -> None:
+    if not isinstance(rows, (list, tuple)):
+        raise BadInput(f"{where}: expected a list of classes, found {rows!r:.80}")
+    for number, row in enumerate(rows):
+        _check_fields(row, _CLASS_FIELDS, f"{where}.{number}")
+        check_row(row["scores"], f"{where}.{number}.scores")
 
 
 def _is_number(value: Any) -> bool:

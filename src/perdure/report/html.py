@@ -16,8 +16,7 @@ from .build import validate_comparison, validate_report, write_text
 Report = Mapping[str, Any]
 _HERE = Path(__file__).parent
 _CARDS = ("average_accuracy", "forgetting", "learning_accuracy", "worst_experience", "anytime_accuracy")
-_DIFFERENCES = ("average_accuracy", "forgetting", "learning_accuracy")
-MOST_CLASSES = 400
+MOST_CLASSES, MOST_LOST = 400, 10
 
 
 @functools.cache
@@ -81,6 +80,8 @@ def render_run(report: Report, path: str | Path | None = None) -> str:
         wide=max((len(row) for row in report["matrix"]), default=0) > 6,
         curve=plots.curve_plot(report),
         forgetting=plots.forgetting_plot(report),
+        stored=plots.stored_plot(report),
+        lost_classes=_lost_classes(report),
         loss=plots.loss_plot(report),
         probe=plots.probe_plot(report),
         router=plots.router_plots(report),
@@ -96,6 +97,19 @@ def render_run(report: Report, path: str | Path | None = None) -> str:
     if path is not None:
         write_text(path, page)
     return page
+
+
+def _lost_classes(report: Report) -> list[dict[str, Any]]:
+    """The classes that lost most, each with its best earlier and its last accuracy."""
+    rows = [row for row in report.get("per_class") or () if row["forgetting"] is not None]
+    worst = sorted(rows, key=lambda row: (-row["forgetting"], row["scores"][-1]))[:MOST_LOST]
+    return [
+        {
+            "name": svg.shorten(row["name"], plots.MOST_CHARS), "rows": row["rows"], "last": row["scores"][-1],
+            "best": row["scores"][-1] + row["forgetting"], "lost": row["forgetting"],
+        }
+        for row in worst
+    ]  # fmt: skip
 
 
 def _settings(block: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
@@ -151,10 +165,11 @@ def render_comparison(comparison: Report, reports: Sequence[Report], path: str |
         claim_seeds=CLAIM_SEEDS,
         models=sorted({row.get("model") or "" for row in comparison["rows"]} - {""}),
         said=_said(comparison),
+        order=words.class_order(comparison),
         curves=plots.arm_curves(arms, metric),
         planes=_planes(comparison),
         matrices=_matrices(arms, comparison),
-        differences=[name for name in _DIFFERENCES if any(name in (r["difference"] or {}) for r in comparison["rows"])],
+        differences=words.compared(comparison),
         stream={
             k: v for k, v in (comparison.get("stream_details") or {}).items() if k not in ("experiences", "classes")
         },
@@ -207,6 +222,7 @@ def _planes(comparison: Report) -> list[dict[str, str]]:
         ("metrics", "forgetting", f"Average {metric} and forgetting"),
         ("cost", "stored_bytes", "What is stored"),
         ("cost", "seconds", "Time"),
+        ("cost", "inference_flops_per_row", "Work of a prediction"),
     )
     found = [{"svg": plots.arm_plane(comparison, block, name), "title": title} for block, name, title in wanted]
     return [plane for plane in found if plane["svg"]]
@@ -219,7 +235,9 @@ def _matrices(arms: Mapping[str, Sequence[Report]], comparison: Report) -> list[
     shade = plots.shade_for(
         [c for rows in means.values() for row in rows for c in row if c is not None], metric, higher
     )
-    names = plots.names_of(next(iter(arms.values()))[0])
+    found = [plots.names_of(report) for reports in arms.values() for report in reports]
+    # With an order of its own for each seed a column is a place in the stream and no experience.
+    names = found[0] if all(one == found[0] for one in found) else [f"{j + 1}" for j in range(len(found[0]))]
     return [
         {"arm": arm, **plots.matrix_heatmap(rows, names, metric, higher, shade, compact=True)}
         for arm, rows in means.items()

@@ -159,6 +159,18 @@ def forgetting_plot(report: Report) -> str:
     return svg.bars(shown, values, lambda v: words.score(v, report["metric"]), "forgetting of each experience")
 
 
+def stored_plot(report: Report) -> str:
+    """Bytes kept beside the base after each experience."""
+    kept = report["curves"].get("stored_bytes") or ()
+    if len(kept) < 2:
+        return ""
+    first = len(report["matrix"]) - len(kept) + 1  # a run that an older version began has no figures from then
+    line = svg.Series("stored", [(float(first + n), float(each)) for n, each in enumerate(kept)], marks=len(kept) <= 25)
+    unit, size = next(((name, size) for name, size in (("GB", 1e9), ("MB", 1e6)) if max(kept) >= size), ("kB", 1e3))
+    y = svg.Axis(0.0, float(max(kept)) or 1.0, f"{unit} stored", lambda v: f"{v / size:g}")
+    return svg.lines([line], experience_axis(len(report["matrix"])), y, "bytes stored over experiences")
+
+
 def loss_plot(report: Report, most: int = 240) -> str:
     """Training loss over steps, averaged in bins; hairlines where an experience begins."""
     points = [(float(s), int(e), float(v)) for s, e, v in report["curves"].get("loss", ())]
@@ -311,7 +323,10 @@ def _score_x(points: Sequence[svg.Point], metric: str, name: str) -> svg.Axis:
 
 def _cost_axis(points: Sequence[svg.Point], name: str) -> svg.Axis:
     values = [p.x for p in points]
-    label = {"seconds": "training time", "stored_bytes": "bytes stored beside the base model"}.get(name, name)
+    label = {
+        "seconds": "training time", "stored_bytes": "bytes stored beside the base model",
+        "inference_flops_per_row": "FLOPs of one row",
+    }.get(name, name)  # fmt: skip
     log = min(values) > 0 and max(values) / min(values) > 20
 
     def show(v: float) -> str:

@@ -56,9 +56,11 @@ def figures_table(report: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_column("figure")
     table.add_column("value", justify="right")
-    for name in ("average_accuracy", "average_incremental_accuracy", "forgetting", "learning_accuracy"):
+    headline = ["average_accuracy", "average_incremental_accuracy", "forgetting", "learning_accuracy"]
+    read = "matrix_file" in report["details"]
+    for name in report["metrics"] if read else headline:
         table.add_row(words.label(name, metric), _with_unit(report["metrics"].get(name), name, metric))
-    for name in ("trainable_parameters", "stored_bytes", "seconds"):
+    for name in () if read else ("trainable_parameters", "stored_bytes", "seconds"):
         table.add_row(words.label(name), words.figure(name, report["cost"].get(name)))
     return table
 
@@ -81,7 +83,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
     )
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("arm", overflow="fold", min_width=10)
-    columns = words.columns(comparison)
+    columns = [column for column in words.columns(comparison) if column[1] in _HEADINGS]
     for block, name in columns:
         # In a narrow terminal an interval takes two lines; with no_wrap the arms' names would give way, to nothing.
         table.add_column(_HEADINGS[name], justify="right", overflow="fold", no_wrap=block == "cost")
@@ -96,6 +98,28 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
     return table
 
 
+def difference_table(comparison: Mapping[str, Any]) -> Table | None:
+    """Each arm minus the reference, paired by seed; None where there is no pair."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    metric = comparison["metric"]
+    rows = [(row["arm"], row["difference"]) for row in comparison["rows"] if row["difference"]]
+    if not rows:
+        return None
+    title = f"Difference to {escape(comparison['reference'])}, paired by seed{words.in_points(metric)}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("arm", overflow="fold", min_width=10)
+    for heading in ("average", "wins : losses", "forgetting"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for arm, found in rows:
+        average, wins = words.difference("average_accuracy", found.get("average_accuracy"), metric)
+        lost, _ = words.difference("forgetting", found.get("forgetting"), metric)
+        table.add_row(escape(arm), *map(escape, (average, wins, lost)))
+    return table
+
+
 def print_run(report: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints a run: what learnt what, the matrix, the figures."""
     from rich.console import Console
@@ -104,6 +128,8 @@ def print_run(report: Mapping[str, Any], console: Console | None = None) -> None
     console = console or Console(emoji=False)  # names are names: `:bomb:` is no picture
     head = f" with head {report['head']}" if report["head"] else ""
     text = f"{report['method']}{head} on {report['model']}, stream {report['stream']}, seed {report['seed']}"
+    if read := report["details"].get("matrix_file"):
+        text = f"read from {read['path']}, seed {report['seed']}"
     console.print(f"[bold]{escape(report['name'])}[/]  {escape(text)}", highlight=False)
     if report["status"] != "complete":
         console.print("[yellow]still running[/]")
@@ -127,6 +153,9 @@ def print_comparison(comparison: Mapping[str, Any], console: Console | None = No
     if comparison["illustration"]:
         legend += f"; fewer than {CLAIM_SEEDS} seeds are an illustration, not evidence"
     console.print(legend, style="dim", highlight=False)
+    differences = difference_table(comparison)
+    if differences is not None:
+        console.print(differences)
     for line in comparison.get("warnings") or ():
         console.print(escape(f"warning: {line}"), style="yellow", highlight=False)
     for row in comparison["rows"]:

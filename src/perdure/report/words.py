@@ -10,22 +10,25 @@ from ..evaluation.metrics import direction, is_cost
 DASH = "–"
 MOST_LISTED = 24
 MOST_CHARS = 400
-SOME = frozenset({"anytime_accuracy"})
-"""Columns that stand only where an arm has the figure."""
+SOME = frozenset({"intransigence", "anytime_accuracy"})
+"""Scores whose columns stand only where an arm has them; so do all columns of cost."""
 DIFFERENCES = frozenset(
     {"forgetting", "backward_transfer", "backward_transfer_clipped", "forward_transfer", "intransigence"}
-    | {"windowed_forgetting", "windowed_plasticity"}
+    | {"windowed_forgetting", "windowed_plasticity", "class_forgetting", "worst_class_forgetting"}
 )
 # The columns of a comparison: (block, figure).
 COLUMNS = (
     ("metrics", "average_accuracy"),
     ("metrics", "forgetting"),
     ("metrics", "learning_accuracy"),
+    ("metrics", "intransigence"),
     ("metrics", "anytime_accuracy"),
     ("cost", "trainable_parameters"),
     ("cost", "stored_bytes"),
     ("cost", "seconds"),
 )
+COMPARED = ("average_accuracy", "forgetting", "learning_accuracy")
+"""Figures whose differences to the reference are shown; the comparison's JSON and CSV hold all."""
 _LABELS = {
     "average_accuracy": "Average {m}",
     "average_incremental_accuracy": "Average incremental {m}",
@@ -43,7 +46,20 @@ _LABELS = {
     "wc_acc": "Worst-case {m} (WC-ACC)",
     "windowed_forgetting": "Largest drop in a window (WF)",
     "windowed_plasticity": "Largest rise in a window (WP)",
+    "recovery_steps": "Steps until an old experience was back",
+    "recovered_share": "Share that came back before the next boundary",
+    "worst_class": "Worst class",
+    "class_forgetting": "Forgetting of a class",
+    "worst_class_forgetting": "Largest forgetting of a class",
     "probe_seconds": "Time of probes",
+    "probe_share": "Share of probes in all time",
+    "growth_bytes": "Growth per experience",
+    "train_flops_per_row": "FLOPs per row, training step",
+    "train_flops_per_token": "FLOPs per token, training step",
+    "inference_flops_per_row": "FLOPs per row, prediction",
+    "inference_flops_per_token": "FLOPs per token, prediction",
+    "step_peak_bytes": "Most tensor memory in a training step",
+    "device_peak_bytes": "Most memory allocated on the device",
     "intransigence": "Intransigence",
     "trainable_parameters": "Trainable parameters",
     "total_parameters": "All parameters",
@@ -76,7 +92,7 @@ def columns(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
     def filled(block: str, name: str) -> bool:
         return any((row[block].get(name) or {}).get("mean") is not None for row in comparison["rows"])
 
-    return [(block, name) for block, name in COLUMNS if name not in SOME or filled(block, name)]
+    return [(block, name) for block, name in COLUMNS if name not in SOME and block != "cost" or filled(block, name)]
 
 
 def percent(metric: str) -> bool:
@@ -95,7 +111,7 @@ def label(name: str, metric: str = "accuracy") -> str:
 
 def unit(name: str, metric: str = "accuracy") -> str:
     """What stands behind a score: per cent, points for differences, nothing for perplexity."""
-    if not percent(metric):
+    if not percent(metric) or is_cost(name) or name.endswith("_share"):
         return ""
     return "points" if name in DIFFERENCES else "%"
 
@@ -126,6 +142,14 @@ def count(value: float | None) -> str:
         if abs(value) >= size:
             return f"{value / (1e3 if unit == 'k' else size):.3g} {unit}"
     return f"{value:,.0f}"
+
+
+def work(value: float) -> str:
+    """FLOPs with a prefix."""
+    for unit_size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit_size:
+            return f"{value / unit_size:.3g} {prefix}"
+    return f"{value:.0f}"
 
 
 def size(value: float | None) -> str:
@@ -159,6 +183,10 @@ def figure(name: str, value: Any, metric: str = "accuracy") -> str:
         return size(value)
     if name.endswith("parameters"):
         return count(value)
+    if "flops" in name:
+        return work(value)
+    if name.endswith("_share"):
+        return f"{100 * value:.3g} %"
     return count(value) if is_cost(name) else score(value, metric)
 
 
@@ -203,6 +231,37 @@ def interval(name: str, entry: Mapping[str, Any] | None, metric: str = "accuracy
 def signed(name: str, value: float | None, metric: str = "accuracy") -> str:
     shown = figure(name, value, metric)
     return f"+{shown}" if value is not None and value > 0 and shown.strip("0.") else shown
+
+
+def compared(comparison: Mapping[str, Any]) -> list[str]:
+    """Figures of `COMPARED` in which some arm has a difference to the reference."""
+    return [name for name in COMPARED if any(name in (row["difference"] or {}) for row in comparison["rows"])]
+
+
+def class_order(comparison: Mapping[str, Any]) -> str:
+    """Whether the intervals over seeds hold the spread over orders of the classes."""
+    if (comparison.get("stream_details") or {}).get("class_order") == "seed":
+        return (
+            "Each seed has an order of classes of its own: intervals hold the spread over orders. Shown is the first."
+        )
+    return (
+        "All seeds have the same order of classes: intervals hold the spread over draws and starts, not over orders. "
+        "stream.class_order=seed varies the order too."
+    )
+
+
+def in_points(metric: str) -> str:
+    return ", in points" if percent(metric) else ""
+
+
+def difference(name: str, found: Mapping[str, Any] | None, metric: str = "accuracy") -> tuple[str, str]:
+    """A paired difference with its interval, and `wins : losses`."""
+    if not found:
+        return DASH, DASH
+    shown = signed(name, found["mean"], metric)
+    if found["low"] is not None:
+        shown += f" [{signed(name, found['low'], metric)}, {signed(name, found['high'], metric)}]"
+    return shown, f"{found['wins']} : {found['losses']}" if "wins" in found else DASH
 
 
 def few_seeds(comparison: Mapping[str, Any]) -> str:

@@ -1,0 +1,64 @@
+"""What a run keeps books on beside its scores: right answers by class, bytes at boundaries, counted work, memory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .evaluation.classes import class_figures, class_table
+
+if TYPE_CHECKING:
+    from .learner import Learner
+
+
+@dataclass
+class Accounts:
+    """Kept with the run's state.
+
+    Attributes:
+        classes: after each experience, class -> [right, rows] over the test rows of the experiences learnt so far.
+        stored: `Learner.stored_bytes` after each experience.
+        work: what `metering` has counted, in the last experience.
+        device_peak: most bytes that torch had allocated on the accelerator during the run; 0 on a CPU.
+    """
+
+    classes: list[dict[str, list[int]]] = field(default_factory=list)
+    stored: list[int] = field(default_factory=list)
+    work: dict[str, float] = field(default_factory=dict)
+    device_peak: int = 0
+
+    def begin(self, learner: Learner) -> None:
+        if learner.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(learner.device)
+
+    def look(self, learner: Learner) -> None:
+        """Takes over what the learner has counted since."""
+        self.work |= learner.metered or {}
+        if learner.device.type == "cuda":
+            self.device_peak = max(self.device_peak, torch.cuda.max_memory_allocated(learner.device))
+
+    # ---- for the report
+    def table(self) -> list[dict[str, Any]]:
+        return class_table(self.classes) if any(self.classes) else []
+
+    def figures(self) -> dict[str, float | None]:
+        return class_figures(self.table()) if any(self.classes) else {}
+
+    def cost(self) -> dict[str, float]:
+        found = dict(self.work)
+        if len(self.stored) > 1:  # the first experience brings what is there once, such as a head's statistics
+            found["growth_bytes"] = (self.stored[-1] - self.stored[0]) / (len(self.stored) - 1)
+        if self.device_peak:
+            found["device_peak_bytes"] = self.device_peak
+        return found
+
+    # ---- state
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, state: dict[str, Any] | None, learnt: int) -> Accounts:
+        """From a state after `learnt` experiences; one that was written before there were accounts knows no classes."""
+        return cls(classes=[{} for _ in range(learnt)]) if state is None else cls(**state)
