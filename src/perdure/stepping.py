@@ -160,6 +160,7 @@ class Stepping(Passes):
     def begins(self) -> bool:
         """Whether the micro-batch at work is the first of its experience."""
         return self.position.step == 0 and self._micro == 0
+
     def _counted(self, micro_batches: list[Batch]) -> AbstractContextManager[None]:
         if not self.meter_next or self.position.step:
             return nullcontext()
