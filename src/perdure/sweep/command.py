@@ -15,7 +15,7 @@ from ..report.build import write_json
 from .driver import Runner, plan_sweep, read_table, run_sweep
 from .space import space_of
 from .table import best_trials, shown, table_of, tuning_of, warnings_of
-from .writing import target_of, write_choice
+from .writing import new_text, target_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,22 +57,27 @@ def sweep(request: Request, console: Console, *, progress: bool = True, runner: 
         The results table's path.
 
     Raises:
-        BadInput, ProtocolRefused, CannotWrite: as `plan_sweep`, `run_sweep` and `write_choice`.
+        BadInput, ProtocolRefused, CannotWrite: as `plan_sweep`, `run_sweep` and `new_text`.
         PerdureError: no trial of some arm came to an end; all else is written.
     """
     recipe = load_recipe(request.recipe, request.overrides, compared=True)
     space = space_of(recipe, request.grid, request.random, request.search_seed)
     if request.copy is not None and not request.write:
         raise BadInput(f"--copy {request.copy}: is for --write; add it, or leave --copy out")
-    target = target_of(request.recipe, request.arms, request.copy) if request.write else None
+    target = target_of(request.recipe, request.copy) if request.write else None
+    if request.table is not None:
+        read_table(Path(request.table).expanduser())  # a file of something else is refused before work starts
     planned = plan_sweep(
         recipe, space, request.arms, experiences=request.experiences, first=request.first, folder=request.output_dir,
         imports=request.imports,
     )  # fmt: skip
+    if target is not None:  # what cannot be written is said now
+        new_text(*target, planned, {each.arm: each.trials[0] for each in planned.plans if each.trials}, {})
     path = planned.folder / TABLE_FILE if request.table is None else Path(request.table).expanduser()
-    read_table(path)  # a file of something else is refused before work starts
     if runner is None:
         runner = RayCluster(request.ray, request.processes) if request.ray else Processes(request.processes)
+    from ..state import atomic_write_text
+
     results = run_sweep(planned, runner, Progress(enabled=progress, console=None))
     new = table_of(planned, results)
     table = read_table(path) | new
@@ -83,7 +88,8 @@ def sweep(request: Request, console: Console, *, progress: bool = True, runner: 
         console.print(line, markup=False)
     if target is not None:
         own = load_recipe(request.recipe)
-        write_choice(*target, planned, best_trials(planned, results), tuning_of(own, own.seed, table, planned))
+        tuning = tuning_of(own, own.seed, table, planned)
+        atomic_write_text(target[0], new_text(*target, planned, best_trials(planned, results), tuning))
         console.print(f"written into {target[0]}", markup=False)
     _refuse_arms_without_result(new, path)
     return path

@@ -231,7 +231,8 @@ def _ending(code: int) -> str:
 
 
 def _last(log: str) -> str:
-    return log[-LAST_CHARS:].strip().removeprefix("perdure: ")
+    """The error that a process ended with, else the end of what it printed."""
+    return log.rpartition("perdure: ")[2][-LAST_CHARS:].strip()
 
 
 # ---- the table

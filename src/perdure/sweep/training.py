@@ -77,7 +77,7 @@ def _learn(
     begun: Begun,
     on_step: Callable[..., None] | None,
 ) -> None:
-    if key in begun:
+    if key is not None and key in begun:
         tensors, values = begun[key]
         learner.load_state_dict(tensors, copy.deepcopy(values))
     for experience in experiences[learner.position.experience :]:

@@ -19,16 +19,15 @@ OURS = ("grid", "trials", "random", "equal", "on", "arms", "without_effect", "fa
 """Keys of a recipe's tuning block that a sweep writes; others stay."""
 
 
-def target_of(recipe: str | Path, arms: list[str] | None, copy_to: str | Path | None) -> tuple[Path, str]:
+def target_of(recipe: str | Path, copy_to: str | Path | None) -> tuple[Path, str]:
     """The file that will be written and its present text, which is that of the recipe.
 
     Args:
-        recipe: name or path, as typed. arms: those that were asked for.
+        recipe: name or path, as typed.
         copy_to: a new file, which takes a copy; needed for a recipe of the package.
 
     Raises:
-        BadInput: the recipe is the package's and no copy is named, the copy is there already, or an arm that was asked
-            for does not stand in the file.
+        BadInput: the recipe is the package's and no copy is named, or the copy is there already.
     """
     path = find_recipe(recipe).resolve()
     text = path.read_bytes().decode("utf-8")
@@ -41,15 +40,11 @@ def target_of(recipe: str | Path, arms: list[str] | None, copy_to: str | Path | 
         if copied.exists():
             raise BadInput(f"--copy: {copied} is there already; name a new file, or sweep it with --write alone")
         path = copied
-    known = yamltext.load(text, f"recipe {path.name}").get("arms") or {}
-    for arm in arms or ():
-        if arm not in known:
-            raise BadInput(f"--write: {arm} is no arm of the recipe; add it under `arms` first, or leave --write out")
     return path, text
 
 
-def write_choice(path: Path, text: str, sweep: Sweep, best: Mapping[str, Trial], tuning: Mapping[str, Any]) -> None:
-    """Writes the chosen values of each arm, and the `tuning` block, into the file.
+def new_text(path: Path, text: str, sweep: Sweep, best: Mapping[str, Trial], tuning: Mapping[str, Any]) -> str:
+    """The file with the chosen values of each arm and the new `tuning` block.
 
     Args:
         path, text: as `target_of` gives them.
@@ -57,16 +52,18 @@ def write_choice(path: Path, text: str, sweep: Sweep, best: Mapping[str, Trial],
         tuning: the new block; keys of the old one that are not a sweep's stay.
 
     Raises:
-        BadInput: the file cannot be changed line by line, or would not mean the trials that won.
-        CannotWrite: the file cannot be written; its old text stands.
+        BadInput: an arm does not stand in the file, or it cannot be changed line by line, or would not mean the trials
+            that won.
     """
-    from ..state import atomic_write_text
-
     data = yamltext.load(text, f"recipe {path.name}")
-    wanted = copy.deepcopy(data)
+    wanted, whole = copy.deepcopy(data), [plan.arm for plan in sweep.plans] == [sweep.recipe.label]
     for arm, trial in best.items():
         settings = wanted
-        if data.get("arms"):
+        if data.get("arms") or not whole:
+            if arm not in (data.get("arms") or {}):
+                raise BadInput(
+                    f"--write: {arm} is no arm of the recipe; add it under `arms` first, or leave --write out"
+                )
             settings = wanted["arms"][arm] = wanted["arms"][arm] or {}
         for name, value in trial.values.items():
             _set(settings, wanted, name.split("."), value, f"arm {arm}")
@@ -74,7 +71,7 @@ def write_choice(path: Path, text: str, sweep: Sweep, best: Mapping[str, Trial],
     wanted["tuning"] = {**old, **tuning}
     changed = edited(text, wanted, f"recipe {path.name}")
     _check(sweep, wanted, path, best)
-    atomic_write_text(path, changed)
+    return changed
 
 
 def _set(settings: dict[str, Any], whole: dict[str, Any], path: list[str], value: Any, where: str) -> None:
