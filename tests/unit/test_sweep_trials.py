@@ -168,7 +168,7 @@ def test_a_sweep_tries_every_point_of_every_arm_and_a_second_call_repeats_none(p
     assert len({row["loss"] for row in table["lora"]["trials"]}) == 4
     assert table["lora"]["best"] == min(table["lora"]["trials"], key=lambda row: row["loss"])
     assert "2 of 4" in printed and "nothing to tune" in printed and "experiences 1, 2, seed 0" in printed
-    assert not (path.parent / "trials/jobs").exists()
+    assert not (path.parent / "trials/.jobs").exists()
     monkeypatch.setattr(training, "train_trial", None)
     runner = Here()
     assert sweep(path, runner=runner)[1] == table and runner.jobs == 0
@@ -186,7 +186,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(path, monkeypatch):
     monkeypatch.setattr(training, "train_trial", until)
     with pytest.raises(KeyboardInterrupt):
         sweep(path)
-    assert len(list((path.parent / "trials").glob("*/*.json"))) == 3 + 1  # and the order
+    assert len(list((path.parent / "trials").glob("[!.]*/*.json"))) == 3
     monkeypatch.setattr(training, "train_trial", lambda *all: trained.append(all[0]) or real(*all))
     assert len(sweep(path)[1]["frozen"]["trials"]) == 2 and len(trained) == 6
 
@@ -213,7 +213,7 @@ def test_a_trial_that_fails_stops_no_other_and_is_told(path, monkeypatch):
         "OutOfMemoryError: CUDA out of memory", None, "loss is nan", "loss is nan"
     ]  # fmt: skip
     assert table["lora"]["best"] == lora[1] and "lora: 3 of 4 trials failed" in printed
-    log = (path.parent / "trials/jobs/process-1.log").read_text(encoding="utf-8")
+    log = (path.parent / "trials/.jobs/process-1.log").read_text(encoding="utf-8")
     assert log.count("begun") == 6
     monkeypatch.setattr(training, "train_trial", real)
     again = sweep(path)[1]["lora"]["trials"]  # a loss that is not finite would come again, want of memory need not
@@ -237,7 +237,7 @@ def test_an_arm_of_which_every_trial_failed_ends_the_command_after_all_is_writte
 
 def test_a_process_that_dies_costs_the_trial_that_it_was_at_and_no_other(path):
     """Killed for want of memory, it can say nothing itself."""
-    order = path.parent / "trials/jobs/order.json"
+    order = path.parent / "trials/.jobs/order.json"
 
     def dies(job) -> int | None:
         if job.name != "process-1":
@@ -272,7 +272,7 @@ def test_a_process_that_cannot_start_ends_the_sweep(path, code):
 def test_processes_share_the_trials_and_each_is_trained_once(path, monkeypatch):
     """A second process begins while the first is at its first trial."""
     real, trained = training.train_trial, []
-    order = path.parent / "trials/jobs/order.json"
+    order = path.parent / "trials/.jobs/order.json"
 
     def meets(recipe, *rest):
         trained.append((str(recipe.method), recipe.training.learning_rate, recipe.training.head_learning_rate))

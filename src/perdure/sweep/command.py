@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BadInput, PerdureError
 from ..processes import Processes
 from ..progress import Progress
-from ..ray_runner import RayCluster
 from ..recipe import load_recipe
 from ..report.build import write_json
 from .driver import Runner, plan_sweep, read_table, run_sweep
@@ -36,7 +35,6 @@ class Request:
     random: int | None = None
     search_seed: int = 0
     processes: int = 2
-    ray: str | None = None
     output_dir: str | None = None
     table: str | None = None
     write: bool = False
@@ -51,7 +49,7 @@ def sweep(request: Request, console: Console, *, progress: bool = True, runner: 
         request: what was typed.
         console: takes the table and the warnings.
         progress: whether a line is shown for each trial.
-        runner: of the processes; as the request says when None.
+        runner: of the processes; on this machine when None.
 
     Returns:
         The results table's path.
@@ -74,11 +72,7 @@ def sweep(request: Request, console: Console, *, progress: bool = True, runner: 
     if target is not None:  # what cannot be written is said now
         new_text(*target, planned, {each.arm: each.trials[0] for each in planned.plans if each.trials}, {})
     path = planned.folder / TABLE_FILE if request.table is None else Path(request.table).expanduser()
-    if runner is None:
-        runner = RayCluster(request.ray, request.processes) if request.ray else Processes(request.processes)
-    from ..state import atomic_write_text
-
-    results = run_sweep(planned, runner, Progress(enabled=progress, console=None))
+    results = run_sweep(planned, runner or Processes(request.processes), Progress(enabled=progress))
     new = table_of(planned, results)
     table = read_table(path) | new
     write_json(path, table)
@@ -87,6 +81,8 @@ def sweep(request: Request, console: Console, *, progress: bool = True, runner: 
     for line in warnings_of(new):
         console.print(line, markup=False)
     if target is not None:
+        from ..state import atomic_write_text
+
         own = load_recipe(request.recipe)
         tuning = tuning_of(own, own.seed, table, planned)
         atomic_write_text(target[0], new_text(*target, planned, best_trials(planned, results), tuning))

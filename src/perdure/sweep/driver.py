@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 Results = dict[str, dict[str, Any]]
 """`Trial.key` -> what its file says."""
+JOBS = ".jobs"
+"""Folder of what processes share and print, beside those of the arms, whose names begin with no dot."""
 LAST_CHARS = 2000
 """Of a log, shown where a process could not start."""
 
 
 class Runner(Protocol):
-    """What runs jobs: `processes.Processes`, or a cluster."""
+    """What runs jobs: `processes.Processes`."""
 
     @property
     def number(self) -> int:
@@ -145,7 +147,7 @@ def run_sweep(sweep: Sweep, runner: Runner, progress: Progress) -> Results:
         waiting = [trial for trial in sweep.trials if (results[trial.key] or {}).get("state") not in FINAL]
         for trial in waiting:  # of those that failed: nobody shall take the old end for the new one
             trial.path(sweep.folder).unlink(missing_ok=True)
-        for claim in (sweep.folder / "jobs").glob("*.claim"):  # of a call that was killed
+        for claim in (sweep.folder / JOBS).glob("*.claim"):  # of a call that was killed
             claim.unlink()
         if len(waiting) < len(sweep.trials):
             progress.message(f"{len(sweep.trials) - len(waiting)} of {len(sweep.trials)} trials ended before")
@@ -155,7 +157,7 @@ def run_sweep(sweep: Sweep, runner: Runner, progress: Progress) -> Results:
         work.tick()
         found = {trial.key: read_result(trial, sweep.folder) for trial in sweep.trials}
         if all((result or {}).get("state") == "done" for result in found.values()):  # else the logs say more
-            shutil.rmtree(sweep.folder / "jobs", ignore_errors=True)
+            shutil.rmtree(sweep.folder / JOBS, ignore_errors=True)
     missing = [trial.words for trial in sweep.trials if found[trial.key] is None]
     if missing:
         raise PerdureError(f"sweep: {len(missing)} trials have no result, the first is {missing[0]}; run it again")
@@ -180,7 +182,7 @@ class _Work:
         from ..report.build import write_json
 
         self._jobs += 1
-        folder = self._sweep.folder / "jobs"
+        folder = self._sweep.folder / JOBS
         order = folder / "order.json"
         if self._jobs == 1:
             units = [
