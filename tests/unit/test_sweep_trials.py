@@ -304,7 +304,7 @@ def test_a_random_search_is_written_with_its_seed(path):
     _, table = sweep(path, *grid, arms=["lora"], random=3, search_seed=7, write=True)
     assert len(table["lora"]["trials"]) == 3 and table["lora"]["random"] == {"points": 3, "seed": 7}
     recipe = load_recipe(path)
-    assert recipe.tuning["grid"] == {"learning_rate": "1e-3..1e-1", "method.lora.rank": "1..8"}
+    assert recipe.tuning["grid"] == {"learning_rate": "1e-3..0.1", "method.lora.rank": "1..8"}
     assert recipe.tuning["random"] == {"points": 3, "seed": 7} and recipe.tuning["equal"] is False
     best = table["lora"]["best"]
     assert recipe.arms["lora"].training == {"learning_rate": best["learning_rate"]}
