@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from perdure.comparison import compare, plan
 from perdure.evaluation.ledger import append, rows_from_comparison
+from perdure.processes import Job, Processes
 from perdure.recipe import load_recipe
 from perdure.run import read_report
 
@@ -30,27 +29,22 @@ def run_all(recipe: str, arms: list[str] | None, seeds: list[int], processes: in
         (label, members[position]) for position in range(len(seeds)) for label, members in runs.items()
         if (read_report(members[position].folder) or {}).get("status") != "complete"
     ]  # fmt: skip
-    running: list[tuple[str, subprocess.Popen[bytes]]] = []
-    failed = []
-    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    while waiting or running:
-        while waiting and len(running) < processes:
-            label, member = waiting.pop(0)
-            member.folder.mkdir(parents=True, exist_ok=True)
-            command = [
-                sys.executable, "-m", "perdure", "run", recipe, f"method={label}", f"seed={member.seed}",
-                "--no-progress", *overrides,
-            ]  # fmt: skip
-            log = (member.folder.parent / f"seed-{member.seed}.log").open("wb")
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=variables)
-            running.append((f"{label} seed {member.seed}", process))
-        time.sleep(1)
-        for label, process in list(running):
-            if process.poll() is not None:
-                running.remove((label, process))
-                print(f"{time.strftime('%H:%M:%S')} {label}: exit {process.returncode}", flush=True)
-                if process.returncode:
-                    failed.append(label)
+    failed: list[str] = []
+
+    def finished(job: Job, code: int) -> list[Job]:
+        print(f"{time.strftime('%H:%M:%S')} {job.name}: exit {code}", flush=True)
+        failed.extend([job.name] if code else [])
+        return []
+
+    jobs = [
+        Job(
+            f"{label} seed {member.seed}",
+            ("-m", "perdure", "run", recipe, f"method={label}", f"seed={member.seed}", "--no-progress", *overrides),
+            member.folder.parent / f"seed-{member.seed}.log",
+        )
+        for label, member in waiting
+    ]
+    Processes(processes).run(jobs, finished)
     return failed
 
 

@@ -112,14 +112,14 @@ def compare(
     _compare(loaded, _names(methods), _seeds(seeds, loaded.seed), reference, output_dir, not no_progress)
 
 
-def _names(text: str | None) -> list[str] | None:
+def _names(text: str | None, option: str = "--methods") -> list[str] | None:
     from .errors import BadInput
 
     if text is None:
         return None
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise BadInput(f"--methods: found {text!r}; name arms or methods, such as lora,moram, or leave it out for all")
+        raise BadInput(f"{option}: found {text!r}; name arms or methods, such as lora,moram, or leave it out for all")
     return names
 
 
@@ -182,6 +182,46 @@ def _verdicts(comparison: dict[str, Any]) -> list[str]:
                 line = verdict(comparison, arm, rival)
                 lines += [line] if line else []
     return lines
+
+
+@app.command()
+def sweep(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    arms: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Arms of the recipe or methods. All arms when absent.")
+    ] = None,
+    experiences: Annotated[int, typer.Option(help="Experiences that a trial learns.")] = 3,
+    first: Annotated[int, typer.Option(help="The first of them, counted from 0.")] = 0,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=A,B", help="Values of a setting, or LOW..HIGH; the recipe's tuning.grid if absent."),
+    ] = None,
+    random: Annotated[int | None, typer.Option(metavar="N", help="Draw N points instead of the whole grid.")] = None,
+    search_seed: Annotated[int, typer.Option(help="Seed of these draws.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Processes at a time, one thread each.")] = 2,
+    output_dir: Annotated[
+        str | None, typer.Option("--out", "--output-dir", help="Folder of the trials; runs/RECIPE/sweep when absent.")
+    ] = None,
+    table: Annotated[str | None, typer.Option(help="Results table, added to; sweep.json in that folder.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Write the best values into the recipe file.")] = False,
+    copy: Annotated[str | None, typer.Option(metavar="FILE", help="With --write: into a new copy of it.")] = None,
+    imports: Imports = None,
+    no_progress: Quiet = False,
+) -> None:
+    """Tries settings of every arm on the same grid, judged on validation rows of the first experiences.
+
+    Trials that have ended are kept; the same command goes on after Ctrl-C or a crash.
+    """
+    from .sweep.command import Request, sweep
+
+    _import(imports)
+    request = Request(
+        recipe, tuple(overrides or ()), _names(arms, "--arms"), experiences, first, tuple(grid or ()), random,
+        search_seed, processes, output_dir, table, write, copy, tuple(imports or ()),
+    )  # fmt: skip
+    console = _console()
+    typer.echo(sweep(request, console, progress=not no_progress))
 
 
 @app.command()

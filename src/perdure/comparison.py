@@ -17,7 +17,11 @@ COMPARISON_FILE, CSV_FILE, LATEX_FILE = "comparison.json", "comparison.csv", "co
 
 
 def plan(
-    recipe: Recipe, arms: Sequence[str] | None, seeds: Sequence[int], output_dir: str | Path | None = None
+    recipe: Recipe,
+    arms: Sequence[str] | None,
+    seeds: Sequence[int],
+    output_dir: str | Path | None = None,
+    option: str = "--methods",
 ) -> dict[str, list[Recipe]]:
     """Every run of a comparison, checked before the first one starts.
 
@@ -26,6 +30,7 @@ def plan(
         arms: names of its arms, of methods, or of either with `+head`; all arms of the recipe when None.
         seeds: a run is made for each.
         output_dir: `<output_dir>/<arm>/seed-<seed>` is a run's folder; `runs/<recipe>` when None.
+        option: how the user names arms, for messages.
 
     Returns:
         arm -> its runs' recipes, in the order of the seeds.
@@ -37,12 +42,12 @@ def plan(
     """
     names = list(recipe.arms) if arms is None else list(arms)
     if not names:
-        raise BadInput(f"methods: recipe {recipe.name} has no arms; name some with --methods a,b")
+        raise BadInput(f"methods: recipe {recipe.name} has no arms; name some with {option} a,b")
     if not seeds:
         raise BadInput("seeds: is empty; give at least one")
     if len(set(seeds)) < len(seeds):
         raise BadInput(f"seeds: {', '.join(map(str, seeds))} holds one twice; each seed counts once")
-    _refuse_what_arms_replace(recipe)
+    _refuse_what_arms_replace(recipe, option)
     root = comparison_folder(recipe, output_dir)
     runs: dict[str, list[Recipe]] = {}
     for name in names:
@@ -56,29 +61,29 @@ def plan(
         for seed in seeds:
             run = recipe.with_arm(name, seed=seed)
             runs[first.label].append(run.model_copy(update={"output_dir": run_folder(root, run).as_posix()}))
-    _refuse_settings_of_no_arm(recipe, {label: members[0] for label, members in runs.items()})
+    _refuse_settings_of_no_arm(recipe, {label: members[0] for label, members in runs.items()}, option)
     return runs
 
 
-def _refuse_what_arms_replace(recipe: Recipe) -> None:
+def _refuse_what_arms_replace(recipe: Recipe, option: str) -> None:
     for path, value in recipe.typed:
         if path == ["method"]:
             raise BadInput(
                 f"method: {value!r} was typed, but every arm of a comparison brings its own; choose arms with "
-                "--methods, or type a setting inside one, such as method.moram.rank=4"
+                f"{option}, or type a setting inside one, such as method.moram.rank=4"
             )
         if path == ["output_dir"]:
             raise BadInput(f"output_dir: is the folder of one run; a comparison of many takes --output-dir {value}")
 
 
-def _refuse_settings_of_no_arm(recipe: Recipe, arms: Mapping[str, Recipe]) -> None:
+def _refuse_settings_of_no_arm(recipe: Recipe, arms: Mapping[str, Recipe], option: str) -> None:
     for path, _ in recipe.typed:
         if len(path) > 1 and path[0] in BLOCKS:
             BLOCKS[path[0]].get(path[1])
             if not any(holds({path[0]: getattr(arm, path[0])}, path) for arm in arms.values()):
                 raise BadInput(
                     f"{'.'.join(path)}: no arm has the {path[0]} {path[1]}; arms: {', '.join(arms)}; add one with "
-                    "--methods"
+                    f"{option}"
                 )
 
 

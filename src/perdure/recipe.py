@@ -116,19 +116,20 @@ class Recipe(Strict):
         """Where the run lies."""
         return Path(self.output_dir) if self.output_dir else run_folder(Path("runs") / safe(self.name), self)
 
-    def with_arm(self, arm: str | None, **changes: Any) -> Recipe:
+    def with_arm(self, arm: str | None, *, typed: Sequence[str] = (), **changes: Any) -> Recipe:
         """The same recipe with another arm (what the user typed still wins) and other top-level values.
 
         What was typed for a plug-in, such as `method.er.budget=5`, holds for the arms that contain it.
 
         Args:
             arm: an arm of the recipe, a method's name, or either with `+head`; None for none.
+            typed: overrides behind those that the user typed.
             changes: e.g. `seed=3`, `output_dir="runs/x"`.
         """
         if not self._base:
             base = self.model_dump(mode="json", exclude={"arm"}, exclude_unset=True)
-            return _resolve(base, "recipe", [], arm, changes)
-        return _resolve(self._base, self._origin, self._overrides, arm, changes, several=arm is not None)
+            return _resolve(base, "recipe", typed, arm, changes)
+        return _resolve(self._base, self._origin, [*self._overrides, *typed], arm, changes, several=arm is not None)
 
 
 # ---- finding and reading

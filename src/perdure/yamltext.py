@@ -75,6 +75,26 @@ def _text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
+class _ShortDumper(_Dumper):
+    pass
+
+
+def _short_float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
+    """3e-3 for 0.003, as people write rates."""
+    digits = exponent = ""
+    for size in range(17):
+        digits, _, exponent = f"{value:.{size}e}".partition("e")
+        if float(f"{digits}e{exponent}") == value:
+            break
+    text = f"{digits}e{int(exponent)}" if 0 < abs(value) < 0.1 else ""
+    if not text or len(text) > len(repr(value)):
+        return _float(dumper, value)
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_ShortDumper.add_representer(float, _short_float)
+
+
 def load(text: str, where: str) -> Any:
     """Parses YAML.
 
@@ -96,7 +116,21 @@ def dump(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-def inline(value: Any) -> str:
-    """The value on one line."""
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+def inline(value: Any, *, short: bool = False) -> str:
+    """The value on one line; with `short` small numbers as 3e-3."""
+    dumper = _ShortDumper if short else _Dumper
+    text = yaml.dump(value, Dumper=dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+def compose(text: str, where: str) -> yaml.Node:
+    """The nodes of a document, with the places in the text where they begin and end.
+
+    Raises:
+        BadInput: as `load`.
+    """
+    load(text, where)
+    node = yaml.compose(text, _Loader)
+    if node is None:
+        raise BadInput(f"{where}: is empty")
+    return node

@@ -39,6 +39,7 @@ def loaded(code: str) -> list[str]:
     [
         ["--help"],
         ["run", "--help"],
+        ["sweep", "--help"],
         ["methods"],
         ["methods", "moram"],
         ["recipes"],
@@ -56,7 +57,7 @@ def test_commands_that_load_nothing_heavy(arguments):
         "import perdure; dir(perdure); perdure.Stream, perdure.register_method, perdure.load_recipe",
         "import perdure.config, perdure.registry, perdure.streams, perdure.recipe, perdure.models, perdure.comparison",
         "from perdure.registry import METHODS, HEADS, OBJECTIVES; [r.names() for r in (METHODS, HEADS, OBJECTIVES)]",
-        "import perdure.evaluation.metrics, perdure.doctor, perdure.cli",
+        "import perdure.evaluation.metrics, perdure.doctor, perdure.cli, perdure.sweep.command, perdure.sweep.worker",
     ],
 )
 def test_imports_that_load_nothing_heavy(statement):
