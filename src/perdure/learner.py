@@ -425,6 +425,11 @@ class Learner(Loop):
 
         tensors, values = read_portable(Path(folder))
         check_form(values, set(inspect.signature(cls).parameters) - {"model", "processor"}, folder)
+        if values.get("host_head"):
+            raise BadInput(
+                f"{folder}: was learnt under the Hugging Face Trainer with the model's own classification head, which "
+                "no Learner has; read it with `PerdureCallback.load_pretrained`"
+            )
         objective = next(iter(values["settings"]["objective"]))
         if model is None:
             from .models import load_model

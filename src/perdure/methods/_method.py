@@ -35,7 +35,7 @@ class Method:
 
     Class attributes:
         needs: what the protocol must grant or the loop must offer: of "task_id", "boundaries", "rehearsal",
-            "old_model", "input_statistics", "gradients", "all_data".
+            "old_model", "features", "input_statistics", "gradients", "all_data".
         adapts: True if the method brings trainable parameters beside or inside the host. If no method of a
             list adapts, the loop trains the whole model as `finetune` does.
         learns: False for a baseline that is meant to learn nothing.
