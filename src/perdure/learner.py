@@ -376,6 +376,12 @@ class Learner(Loop):
             )  # fmt: skip
         return write_portable(Path(folder), tensors, values)
 
+    def export(self, folder: str | Path, to: str = "merged") -> dict[str, Any]:
+        """Writes what was learnt for other programs: "merged", "peft" or "stacked"; see `export.export`."""
+        from .export import export
+
+        return export(self, folder, to)
+
     def settings(self) -> dict[str, Any]:
         """The arguments that make this learner again, JSON-able."""
         return {

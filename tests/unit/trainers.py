@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import SequentialSampler
 
 from perdure.processors import ByteTokenizer
 from tests.conformance import cases
@@ -81,8 +80,11 @@ def trainer(folder: Path, model: Any, rows: Any, evals: Any = None, **changes: A
     from transformers import Trainer
 
     class InOrder(Trainer):
+        order: Any = None
+        """Row numbers in the order in which they are taken; that of the rows where absent."""
+
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return SequentialSampler(self.train_dataset)
+            return self.order or list(range(len(self.train_dataset)))
 
     return InOrder(model, arguments(folder, **changes), train_dataset=rows, eval_dataset=evals, data_collator=collate)
 

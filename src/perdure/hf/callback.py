@@ -85,19 +85,24 @@ class PerdureCallback(TrainerCallback):
             if self._loop.position.phase == "train":
                 raise BadInput("bind: the last train() did not end; call it again, or `abandon`")
             self._loop.follow(it)
-        self._unbind()
+        before = self._unbind()
+        if before is not None and before is not it:
+            before.train = _refuse
         self._steps, self._train = Steps(it, self._loop), it.train
         it.train = self.train
         if self not in it.callback_handler.callbacks:
             it.add_callback(self)
         return trainer
 
-    def _unbind(self) -> None:
-        if self._steps is not None:
-            self._steps.remove()
-            vars(self._steps.trainer).pop("train", None)
-            self._steps.trainer.remove_callback(self)
-        self._steps = None
+    def _unbind(self) -> Any:
+        """Gives the Trainer its own methods back and returns it; None where there is none."""
+        if self._steps is None:
+            return None
+        steps, self._steps = self._steps, None
+        steps.remove()
+        vars(steps.trainer).pop("train", None)
+        steps.trainer.remove_callback(self)
+        return steps.trainer
 
     def detach(self) -> nn.Module:
         """Takes everything out of Trainer and model and returns the model: the original, bit for bit."""
@@ -120,7 +125,7 @@ class PerdureCallback(TrainerCallback):
         if self._eval_sets is not None:
             return self._eval_sets
         given = self._bound().trainer.eval_dataset
-        return given if isinstance(given, Mapping) and not hasattr(given, "column_names") else {}
+        return given if isinstance(given, Mapping) else {}
 
     def _name(self, number: int) -> str:
         names = list(self._sets)
@@ -194,7 +199,7 @@ class PerdureCallback(TrainerCallback):
         if not self._steps.learning or loop.position.step != state.global_step:
             raise BadInput(
                 f"PerdureCallback: the Trainer begins at step {state.global_step}, the method at "
-                f"{loop.position.step}; call `train` of the Trainer that was bound last"
+                f"{loop.position.step}; begin with `train` of the Trainer that was bound"
             )
         loop.steps_planned = state.max_steps
         loop._steps_per_epoch = max(1, -(-state.max_steps // max(1, int(state.num_train_epochs))))
@@ -286,6 +291,10 @@ class PerdureCallback(TrainerCallback):
         """
         return self._bound().save_pretrained(folder)
 
+    def export(self, folder: str | Path, to: str = "merged") -> dict[str, Any]:
+        """Writes what was learnt for other programs: "merged", "peft" or "stacked"; see `export.export`."""
+        return self._bound().export(folder, to)
+
     def load_pretrained(self, folder: str | Path) -> None:
         """Takes over what `save_pretrained` wrote, before the first experience of this callback.
 
@@ -299,3 +308,8 @@ class PerdureCallback(TrainerCallback):
             raise BadInput("load_pretrained: this callback has learnt already; bind a new one to a fresh model")
         loop._take_over(*read_portable(Path(folder)), folder)
         self._record.begin([past.name for past in loop.history])
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    """`train` of a Trainer whose model learns under another one now."""
+    raise BadInput("train: the callback was bound to another Trainer since; call `train` of the one bound last")

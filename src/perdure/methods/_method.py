@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..hosts import Host
     from ..services import Services
     from ..streams import Experience
+    from ._updates import Stack, Update
 
 register = METHODS.register
 Status = Literal["verified", "unverified", "control", "upper bound"]
@@ -165,6 +166,21 @@ class Method:
 
     def plasticity(self) -> dict[str, float]:
         """Figures of this method for the report, e.g. the share of slots won by new atoms."""
+        return {}
+
+    # ---- export
+    merged: ClassVar[bool] = False
+    """True if `updates` are in the host's weights already, between two experiences."""
+
+    def updates(self) -> list[Update] | None:
+        """All that this method does beside what it writes into the host's weights, as updates of linear maps.
+
+        None where it is no such thing.
+        """
+        return None if self.adapts else []
+
+    def stacks(self) -> dict[str, Stack]:
+        """Routed items by the name of their place; none where the method has none."""
         return {}
 
     # ---- state
