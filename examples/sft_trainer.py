@@ -3,8 +3,8 @@
     python examples/sft_trainer.py --model Qwen/Qwen3-0.6B-Base --data tasks --tasks science law
 
 `tasks/` holds `science.train.jsonl`, `science.test.jsonl` and so on, one row a line:
-{"prompt": "...", "completion": "..."}. All that is perdure's stands in the lines with `callback`. SFTTrainer prepares its
-data when it is made, so there is a new one for each task; they share the model, and the callback goes along.
+{"prompt": "...", "completion": "..."}. All that is perdure's stands in the lines with `callback`. SFTTrainer prepares
+its data when it is made, so there is a new one for each task; they share the model, and the callback goes along.
 """
 
 import argparse

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .memory.observe import RouterLog
 from .models import load_model, model_name
 from .probing import Probing
 from .progress import Progress
-from .recipe import Recipe, resolved_yaml
+from .recipe import Recipe, load_recipe, resolved_yaml
 from .registry import OBJECTIVES
 from .run_folder import (
     LOCK_FILE,

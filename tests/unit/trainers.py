@@ -70,8 +70,9 @@ def arguments(folder: Path, **changes: Any) -> Any:
 
     settings: dict[str, Any] = {
         "output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no",
-        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant", "num_train_epochs": 1, "logging_steps": 1, "dataloader_pin_memory": False,
+        "per_device_train_batch_size": 2, "per_device_eval_batch_size": 64, "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2, "lr_scheduler_type": "constant", "num_train_epochs": 1, "logging_steps": 1,
+        "dataloader_pin_memory": False,
     }  # fmt: skip
     return TrainingArguments(**{**settings, **changes})
 
