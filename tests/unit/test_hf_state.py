@@ -169,6 +169,7 @@ REFUSED = {
     "task": ({"moe_adapters": {"router": "task"}}, {}, "must know the task of each row"),
     "pretrain": ({"lora": {"pretrain": {}}}, {}, "its setting pretrain gives the first experience"),
     "grow_every": ({"moram": {"grow_every": 3}}, {}, "its setting grow_every adds parameters between steps"),
+    "shared": ("sd_lora", {}, "keeps one tensor under the names .*magnitudes per_map"),
     "fp16": ("lora", {"fp16": True}, "fp16: scaled gradients"),
     "best": (
         "lora", {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},

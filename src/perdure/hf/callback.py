@@ -165,7 +165,7 @@ class PerdureCallback(TrainerCallback):
         output = self._run(folder / f"experience-{number + 1}", checkpoint, kwargs)
         loop.end()
         loop.tick()
-        self._after(experience.name, folder)
+        self._after(folder)
         return output
 
     def _run(self, folder: Path, checkpoint: Path | None, kwargs: dict[str, Any]) -> TrainOutput:
@@ -225,10 +225,10 @@ class PerdureCallback(TrainerCallback):
         self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER)
 
     # ---- after an experience
-    def _after(self, name: str, folder: Path) -> None:
+    def _after(self, folder: Path) -> None:
         """Scores, saves and reports."""
         loop = self._bound()
-        self._record.add(loop, name, self._sets)
+        self._record.add(loop, self._sets)
         learnt = loop.position.experience
         self._save(folder / f"experience-{learnt}" / FOLDER)
         complete = learnt >= len(self._sets)
@@ -307,7 +307,6 @@ class PerdureCallback(TrainerCallback):
         if loop.history:
             raise BadInput("load_pretrained: this callback has learnt already; bind a new one to a fresh model")
         loop._take_over(*read_portable(Path(folder)), folder)
-        self._record.begin([past.name for past in loop.history])
 
 
 def _refuse(*_: Any, **__: Any) -> None:

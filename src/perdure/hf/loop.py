@@ -21,7 +21,7 @@ from ..loading import evenly
 from ..streams.experience import Experience
 from ..streams.rows import feed_row
 from .objective import objective_of
-from .support import check_methods, check_trainer
+from .support import check_methods, check_shared, check_trainer
 
 _HASHED_ROWS = 256
 _HEAD = "host_head/"
@@ -49,11 +49,23 @@ class TrainerRows(Sequence):
         return self.dataset[int(at)]
 
     def hash(self) -> str:
-        """sha256 over the number of rows and up to 256 of them, evenly spaced."""
+        """sha256 over the number of rows and the text and whole numbers of up to 256 of them, evenly spaced.
+
+        Other fields may be augmented anew each time, such as images.
+        """
+        plain = self.dataset.with_format(None) if hasattr(self.dataset, "with_format") else self.dataset
         digest = hashlib.sha256(str(len(self)).encode())
-        for row in evenly(self, _HASHED_ROWS):
-            feed_row(digest, row if isinstance(row, Mapping) else {"row": row})
+        with torch.random.fork_rng():
+            for row in evenly(TrainerRows(plain), _HASHED_ROWS):
+                fields = row if isinstance(row, Mapping) else dict(enumerate(row))
+                feed_row(digest, {name: value for name, value in fields.items() if _is_plain(value)})
         return digest.hexdigest()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point()
+    return isinstance(value, (str, int)) or (isinstance(value, (list, tuple)) and all(map(_is_plain, value)))
 
 
 def training_of(args: Any) -> TrainingConfig:
@@ -98,6 +110,11 @@ class TrainerLoop(Learner):
             model, trainer.processing_class, method=methods, objective=objective,
             training=training_of(trainer.args), seed=trainer.args.seed,
         )  # fmt: skip
+        try:
+            check_shared(model)
+        except BadInput:
+            self.detach()
+            raise
         if objective.own_head:
             names = getattr(model.config, "id2label", None) or {}
             self.labels = {str(names.get(n, n)): n for n in range(model.config.num_labels)}

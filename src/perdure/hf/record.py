@@ -29,14 +29,12 @@ class Record:
         self.trainable = 0
         self.seconds = 0.0
 
-    def begin(self, names: list[str]) -> None:
-        """Experiences that were learnt elsewhere, whose scores are not known."""
-        self.names, self.matrix = list(names), [[None] * (number + 1) for number in range(len(names))]
-
-    def add(self, loop: TrainerLoop, name: str, sets: Mapping[str, Any]) -> list[float | None]:
-        """Scores all experiences learnt so far, `name` the newest."""
+    def add(self, loop: TrainerLoop, sets: Mapping[str, Any]) -> list[float | None]:
+        """Scores all experiences learnt so far; where one was learnt elsewhere, or given up, its row is empty."""
         started = time.perf_counter()
-        self.names.append(name)
+        self.names = [past.name for past in loop.history]
+        while len(self.matrix) < len(self.names) - 1:
+            self.matrix.append([None] * (len(self.matrix) + 1))
         self.matrix.append([loop.score(TrainerRows(sets[n])) if n in sets else None for n in self.names])
         self.seconds += time.perf_counter() - started
         return self.matrix[-1]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import BadInput
+from ..hosts.roles import PREFIX
 from ..methods import Method
 
 
@@ -43,6 +44,20 @@ def _reason(method: Method, trainer: Any) -> str:
         if getattr(config, name, None) is not None:
             return f"its setting {name} {told}"
     return ""
+
+
+def check_shared(model: Any) -> None:
+    """Raises BadInput where an attached method keeps one tensor under several names: transformers refuses to save it."""
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if any(part.startswith(PREFIX) for part in name.split(".")):
+            other = owners.setdefault(id(parameter), name)
+            if other != name:
+                raise BadInput(
+                    f"method: keeps one tensor under the names {other} and {name}, which the Trainer's checkpoints "
+                    "cannot hold; choose settings that do not share (sd_lora: magnitudes per_map), or train with "
+                    "perdure.Learner"
+                )
 
 
 def is_sft(trainer: Any) -> bool:
