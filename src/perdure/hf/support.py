@@ -47,7 +47,7 @@ def _reason(method: Method, trainer: Any) -> str:
 
 
 def check_shared(model: Any) -> None:
-    """Raises BadInput where an attached method keeps one tensor under several names: transformers refuses to save it."""
+    """Raises BadInput where an attached method keeps one tensor under several names: transformers cannot save it."""
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if any(part.startswith(PREFIX) for part in name.split(".")):
