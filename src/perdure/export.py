@@ -61,8 +61,9 @@ def export(learner: Learner, folder: str | Path, to: str) -> dict[str, Any]:
             "loses": make.loses(),
             **make.write(folder),
         }
-        files.atomic_write_text(folder / DOCUMENT, json.dumps(facts, indent=1) + "\n")
-    return facts
+        text = json.dumps(facts, indent=1)
+        files.atomic_write_text(folder / DOCUMENT, text + "\n")
+    return json.loads(text)
 
 
 class _Form:
@@ -127,7 +128,7 @@ class _Merged(_Form):
             for update in () if method.merged else updates:
                 name = f"{update.path}.weight"
                 delta = low_rank_update(update.down, update.up)
-                if state[name].shape != delta.shape or _transposed(model, update.path):
+                if _transposed(model, update.path):
                     delta = delta.t()
                 state[name] = (state[name].cpu().double() + delta).to(state[name].dtype)
         model.save_pretrained(folder, state_dict=state)

@@ -82,7 +82,7 @@ PEFT = {
     "lora-grow": ({"lora": {"rank": 2, "grow": True}}, "llama"),
     "sd_lora-fused": ({"sd_lora": {"rank": 2, "targets": ["query", "value"]}}, "gpt2"),
     "merge_lora": ({"merge_lora": {"rank": 2}}, "llama"),
-    "codyra-ranks": ({"codyra": {"rank": 4, "threshold": 0.6}}, "llama"),
+    "codyra-ranks": ({"codyra": {"rank": 4, "threshold": 0.6, "dense": 0.0}}, "llama"),
 }
 
 
