@@ -109,6 +109,7 @@ class TrainerLoop(Learner):
         super().__init__(
             model, trainer.processing_class, method=methods, objective=objective,
             training=training_of(trainer.args), seed=trainer.args.seed,
+            protocol={"mask": "all"} if objective.own_head else None,
         )  # fmt: skip
         try:
             check_shared(model)
