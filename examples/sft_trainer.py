@@ -9,6 +9,7 @@ its data when it is made, so there is a new one for each task; they share the mo
 
 import argparse
 
+import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -45,6 +46,7 @@ for task in given.tasks:
             save_steps=200,
             save_total_limit=2,
             report_to=[],
+            bf16=torch.cuda.is_available(),  # on by default, and refused on a CPU
         ),
         train_dataset=rows(task, "train"),
         eval_dataset={each: rows(each, "test") for each in given.tasks},  # their order is that of the experiences
