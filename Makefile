@@ -23,8 +23,8 @@ test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: install
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "pyright[nodejs]"
 	$(BIN)/pyright
 

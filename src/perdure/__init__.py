@@ -18,6 +18,7 @@ _NAMES = {
     "Experience": ("streams", "Experience"),
     "Recipe": ("recipe", "Recipe"),
     "load_recipe": ("recipe", "load_recipe"),
+    "PerdureCallback": ("hf.callback", "PerdureCallback"),
     "register_method": ("methods", "register"),
     "register_head": ("heads", "register"),
 }
@@ -25,6 +26,7 @@ _NAMES = {
 if TYPE_CHECKING:
     from .attachment import attach, detach
     from .heads import register as register_head
+    from .hf.callback import PerdureCallback
     from .learner import Learner
     from .methods import register as register_method
     from .recipe import Recipe, load_recipe
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Experience",
     "Learner",
+    "PerdureCallback",
     "Recipe",
     "Stream",
     "__version__",

@@ -75,7 +75,7 @@ def check_combination(
     if protocol.label_space == "declared" and not classes:
         raise BadInput("protocol.label_space: declared needs the classes in advance; give `classes`")
     idle = [method.name for method in methods if method.learns]
-    if not objective.needs_head and idle and not any(method.adapts for method in methods):
+    if not objective.scores_classes and idle and not any(method.adapts for method in methods):
         raise BadInput(
             f"method: {', '.join(idle)} trains a head only, and objective {objective.name!r} has none of ours, so "
             "nothing would be learnt; use a method that adapts the model (finetune, lora, moram)"
@@ -128,7 +128,11 @@ def _one(registry: Registry, spec: Any, field: str) -> Any:
 
 
 def choose_objective(spec: Any) -> Objective:
-    """The objective that a setting names."""
+    """The objective that a setting names, or is."""
+    from .objectives import Objective
+
+    if isinstance(spec, Objective):
+        return spec
     return _one(OBJECTIVES, spec, "objective")
 
 

@@ -303,6 +303,24 @@ def undo(
 
 
 @app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder of `save_pretrained`, or of a run.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORM", help="merged, peft or stacked.")] = "merged",
+    imports: Imports = None,
+) -> None:
+    """Writes what was learnt for other programs: merged weights, a PEFT adapter, or stacked tensors of routed items."""
+    from .export import export as write
+    from .run import learner_of
+
+    _import(imports)
+    facts = write(learner_of(folder), out, to)
+    typer.echo(f"{out}: {facts['form']}, of {' + '.join(each['name'] for each in facts['method'])}")
+    for lost in facts["loses"]:
+        typer.echo(f"not kept: {lost}")
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A method, head or preset, in detail.")] = None,
     imports: Imports = None,

@@ -399,6 +399,12 @@ class Learner(Loop):
             )  # fmt: skip
         return write_portable(Path(folder), tensors, values)
 
+    def export(self, folder: str | Path, to: str = "merged") -> dict[str, Any]:
+        """Writes what was learnt for other programs: "merged", "peft" or "stacked"; see `export.export`."""
+        from .export import export
+
+        return export(self, folder, to)
+
     def settings(self) -> dict[str, Any]:
         """The arguments that make this learner again, JSON-able."""
         return {
@@ -449,6 +455,11 @@ class Learner(Loop):
 
         tensors, values = read_portable(Path(folder))
         check_form(values, set(inspect.signature(cls).parameters) - {"model", "processor"}, folder)
+        if values.get("host_head"):
+            raise BadInput(
+                f"{folder}: was learnt under the Hugging Face Trainer with the model's own classification head, which "
+                "no Learner has; read it with `PerdureCallback.load_pretrained`"
+            )
         objective = next(iter(values["settings"]["objective"]))
         if model is None:
             from .models import load_model

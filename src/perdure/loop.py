@@ -121,7 +121,7 @@ class Loop(Stepping):
         width = self.objective.width(self.host) if self.head is not None else 0
         self.auxiliary_head = build_heads(self.head, self.methods, width, seed)
         self.name_classes()
-        self.accelerator = _accelerator()
+        self.accelerator = self._make_accelerator()
         self.generator = torch.Generator().manual_seed(derived_seed(seed, "methods"))
         everything = any("all_data" in method.needs for method in self.methods)
         samples = sys.maxsize if everything else max(method.requires_rehearsal() for method in self.methods)
@@ -139,6 +139,15 @@ class Loop(Stepping):
             raise
 
     # ---- construction
+    def _make_accelerator(self) -> Any:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        # Buffers are the same in every process by construction; a host may have parameters that no output needs (a
+        # pooler).
+        return Accelerator(
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)]
+        )
+
     def _enter_model(self) -> None:
         self.model.to(self.device)
         for parameter in self.model.parameters():
@@ -451,12 +460,3 @@ class Loop(Stepping):
 def _for_methods(seen: Experience) -> Experience:
     """Validation rows judge a method, which learns from the others alone."""
     return replace(seen, valid=())
-
-
-def _accelerator() -> Any:
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
-    # Buffers are the same in every process by construction; a host may have parameters that no output needs (a pooler).
-    return Accelerator(
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)]
-    )

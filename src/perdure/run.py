@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .metering import inference
 from .models import load_model, model_name
 from .probing import Probing
 from .progress import Progress
-from .recipe import Recipe, resolved_yaml
+from .recipe import Recipe, load_recipe, resolved_yaml
 from .registry import OBJECTIVES
 from .run_accounts import Accounts
 from .run_folder import (
@@ -477,3 +478,27 @@ class Run:
         self.notes = [*kept["notes"], *(note for note in self.notes if note not in kept["notes"])]
         self.probes = {int(k.split("/")[1]): t for k, t in state.tensors.items() if k.startswith("probe/")}
         truncate(self.losses_path, kept["losses_bytes"])
+
+
+def learner_of(folder: str | Path) -> Learner:
+    """The learner of a folder of `save_pretrained`, or of the newest state of a run.
+
+    Raises:
+        BadInput: the folder is neither, or its model cannot be found.
+    """
+    from .state.portable import DOCUMENT as PORTABLE
+
+    folder = Path(folder)
+    if (folder / PORTABLE).is_file():
+        return Learner.from_pretrained(folder)
+    if not (folder / RECIPE_FILE).is_file() or not (folder / STATE_FOLDER).is_dir():
+        raise BadInput(
+            f"export: {folder} holds neither {PORTABLE} of `save_pretrained` nor {RECIPE_FILE} and {STATE_FOLDER} of a "
+            "run; give one of these folders"
+        )
+    run = Run(load_recipe(folder / RECIPE_FILE), Progress(False))
+    state = StateStore(folder / STATE_FOLDER).load()
+    if state.values["run"]["base_hash"] != run.base_hash:
+        raise BadInput(f"model: its weights are not those that the run in {folder} began with; restore them")
+    run.learner.load_state_dict(state.tensors, state.values)
+    return run.learner

@@ -75,7 +75,7 @@ class Services:
     def needs_head(self) -> bool:
         """True if features go through a head that must learn, False if the host itself can score (class texts too)."""
         head = self._loop.head
-        return self._loop.objective.needs_head and not (head is not None and head.by_text)
+        return self._loop.objective.scores_classes and not (head is not None and head.by_text)
 
     @property
     def predicts_tokens(self) -> bool:
@@ -138,8 +138,7 @@ class Services:
         Raises:
             ValueError: it does not train.
         """
-        optimization = self._loop.optimization
-        found = optimization.rate(parameter) if optimization is not None else None
+        found = self._loop.rate(parameter)
         if found is None:
             raise ValueError("rate: the parameter does not train")
         return found

@@ -101,6 +101,10 @@ class Stepping(Passes):
         self.accelerator.free_memory()  # the wrapper before it has hooks on parameters that are still in use
         return self.accelerator.prepare(self.system)
 
+    def rate(self, parameter: nn.Parameter) -> float | None:
+        """The learning rate of the last step for `parameter`; None where it does not train."""
+        return None if self.optimization is None else self.optimization.rate(parameter)
+
     def parameters_changed(self) -> None:
         """A method grew or replaced parameters between steps: rebuilds the optimizer, keeping what still fits."""
         self.system.to(self.device)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..hosts import Handle, Host, Site
     from ..layers import LowRankBranches
     from ..streams import Experience
+    from ._updates import Update
 
 
 def factors(branches: Mapping[str, LowRankBranches]) -> list[tuple[str, nn.Parameter]]:
@@ -67,6 +68,12 @@ class LoRABranches(Method):
     def after_experience(self, experience: Experience) -> None:
         for branch in self.branches.values():
             branch.fold()
+
+    def updates(self) -> list[Update]:
+        from ._updates import at_site
+
+        found = [(site, self.branches[site.name]) for site in self._sites]
+        return [at_site(site, b.bank.keys(), b.bank.values() * b.gates()[:, None]) for site, b in found]
 
     def on_request(self, kind: str, payload: Any) -> Any:
         """`forget` with {"write": id}: drops the branches of that write; returns how many rows went."""

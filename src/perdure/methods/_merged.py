@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..hosts import Handle, Host, Site
     from ..memory import AtomBank
     from ..streams import Experience
+    from ._updates import Update
 
 
 class Branch(Protocol):
@@ -123,6 +124,14 @@ class MergedBranches(Method):
                 self._weights[path].copy_(merged)
 
     # ---- use
+    merged = True
+
+    def updates(self) -> list[Update]:
+        from ._updates import at_site
+
+        banks = [(site, self._branches[site.name].bank) for site in self._sites]
+        return [at_site(site, bank.frozen_keys, bank.frozen_values) for site, bank in banks]
+
     def on_request(self, kind: str, payload: Any) -> Any:
         """`forget` with {"write": id}: subtracts the rows of that write; returns how many went."""
         if kind != "forget":

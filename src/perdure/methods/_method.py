@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..hosts import Host
     from ..services import Services
     from ..streams import Experience
+    from ._updates import Stack, Update
 
 register = METHODS.register
 Status = Literal["verified", "unverified", "control", "upper bound"]
@@ -36,8 +37,8 @@ class Method:
 
     Class attributes:
         needs: what the protocol must grant or the loop must offer: of "task_id", "boundaries", "rehearsal",
-            "old_model", "input_statistics", "gradients", "all_data", "write_ids" (whose write an item is, which
-            without boundaries tells where one begins).
+            "old_model", "features", "input_statistics", "gradients", "all_data", "write_ids" (whose write an item is,
+            which without boundaries tells where one begins).
         adapts: True if the method brings trainable parameters beside or inside the host. If no method of a
             list adapts, the loop trains the whole model as `finetune` does.
         learns: False for a baseline that is meant to learn nothing.
@@ -178,6 +179,21 @@ class Method:
 
     def plasticity(self) -> dict[str, float]:
         """Figures of this method for the report, e.g. the share of slots won by new atoms."""
+        return {}
+
+    # ---- export
+    merged: ClassVar[bool] = False
+    """True if `updates` are in the host's weights already, between two experiences."""
+
+    def updates(self) -> list[Update] | None:
+        """All that this method does beside what it writes into the host's weights, as updates of linear maps.
+
+        None where it is no such thing.
+        """
+        return None if self.adapts else []
+
+    def stacks(self) -> dict[str, Stack]:
+        """Routed items by the name of their place; none where the method has none."""
         return {}
 
     # ---- state

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from ..hosts import Handle, Host, Replacement
     from ..layers import PatchLayer
     from ..streams import Experience
+    from ._updates import Stack
 
 _PATCH = ("gate_scale", "gate_bias", "decoders")
 
@@ -106,7 +107,7 @@ class APN(Method):
         from ..layers import PatchLayer
 
         config = self.config
-        places = host.feed_forwards(config.layers)
+        self._places = places = host.feed_forwards(config.layers)
         for place in places:
             self.modules[place.name] = PatchLayer(
                 place.in_features, place.out_features, patches=config.patches, k=config.top_k, rank=config.rank,
@@ -222,6 +223,16 @@ class APN(Method):
         shares = [t / t.sum(1, keepdim=True).clamp_min(1) for t in tables]
         overlaps = [float(t[:-1].minimum(t[-1]).sum(1).mean()) for t in shares if len(t) > 1]
         return found | ({"routing_overlap": sum(overlaps) / len(overlaps)} if overlaps else {})
+
+    def stacks(self) -> dict[str, Stack]:
+        """`prototypes` p, `code` Vᵀ, `gate_scale` a, `gate_bias` b and `decoders` U of each block's patches."""
+        from ._updates import Stack
+
+        found = {}
+        for place in self._places:
+            tensors = {key: tensor.detach() for key, tensor in self.memories[place.name].named_parameters()}
+            found[place.name] = Stack(place.entry, tensors, exit=place.exit)
+        return found
 
     # ---- state
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

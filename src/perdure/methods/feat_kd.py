@@ -48,7 +48,7 @@ class FeatKD(Method):
         strength: float = Field(1.0, ge=0)
         """λ. No published number is known to us."""
 
-    needs = frozenset({"old_model"})
+    needs = frozenset({"old_model", "features"})
     status = "verified"
     citation = "FeatKD of the rehearsal-free comparison, second-hand"
 

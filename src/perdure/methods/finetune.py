@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..hosts import Host
+    from ._updates import Update
 
 
 @register("finetune")
@@ -55,6 +56,9 @@ class FineTune(Method):
         if not self._named:
             raise BadInput(f"method.finetune.parameters: {self.config.parameters!r} matches no parameter of the model")
         self._host = HostParameters(self._named if self.config.pretrain is None else every)
+
+    def updates(self) -> list[Update]:
+        return []  # all is in the weights
 
     def detach(self, host: Host) -> None:
         self._host.restore()

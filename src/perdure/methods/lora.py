@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ..config import ProtocolConfig
     from ..hosts import Host
     from ..streams import Experience
+    from ._updates import Update
 
 
 @register("lora")
@@ -195,6 +196,18 @@ class LoRA(Method):
     def after_experience(self, experience: Experience) -> None:
         if self._protection and not experience.last:
             self._protection.observe(self._sites, experience.train)
+
+    def updates(self) -> list[Update]:
+        import torch
+
+        from ._updates import Update
+
+        found = []
+        for path, layer in self._layers.items():
+            downs = [layer.lora_A[name].weight for name in self._adapters]
+            ups = [layer.lora_B[name].weight.t() * layer.scaling[name] for name in self._adapters]
+            found.append(Update(path, torch.cat(downs).detach(), torch.cat(ups).detach()))
+        return found
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = super().state_dict()

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from ..hosts import Handle, Host
     from ..layers import LinearMemory
     from ..streams import Experience
+    from ._updates import Stack
 
 
 @register("moram")
@@ -236,6 +237,24 @@ class MoRAM(Method):
         asked = [name for name, on in (("protect", self._protection), ("keys: contrast", self._contrast)) if on]
         kept = f"second moments of layer inputs, its rows among those of all others ({' and '.join(asked)})"
         return [kept] if asked else []
+
+    def stacks(self) -> dict[str, Stack]:
+        """`keys` a_i [N, d_in], `values` b_i [N, d_out] and `owners` [N] of the atoms that answer."""
+        import torch
+
+        from ._updates import Stack
+
+        found = {}
+        for site in self._sites:
+            memory = self.memories[site.name]
+            bank, view = memory.bank, memory.bank.without_empty()
+            values = torch.cat([view.frozen_values, view.new_values.detach() * memory.scale])
+            tensors = {
+                "keys": torch.cat([view.frozen_keys, view.new_keys.detach()]), "values": values,
+                "owners": bank.owners if view.index is None else bank.owners[view.index],
+            }  # fmt: skip
+            found[site.name] = Stack(site.path, tensors, site.out_slice)
+        return found
 
     def plasticity(self) -> dict[str, float]:
         if not self._protection:

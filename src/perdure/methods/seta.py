@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from ..layers import SequenceGate, SparseExperts
     from ..memory import Shares, SparseBank, Support
     from ..streams import Experience
+    from ._updates import Stack
 
 
 OPEN_AT = 2.0
@@ -333,6 +334,20 @@ class SETA(Method):
             opened = gate.openness(gate.draw(256, torch.Generator().manual_seed(0))).cpu() > 0.5
             own = torch.tensor([[task in e for e in experts] for task in range(len(opened))])
             found["gate_agreement"] = float((opened == own).float().mean())
+        return found
+
+    def stacks(self) -> dict[str, Stack]:
+        """The gate's `weight` [E, D] and `bias` [E]; of each map `row`, `column`, `expert`, `values` of all entries."""
+        from ._updates import Stack
+
+        block = self._host.blocks()[self.config.gate_layer]
+        gate = {"weight": self._gate.weight.detach(), "bias": self._gate.bias.detach()}
+        found = {"gate": Stack(block.path, gate)}
+        for site in self._sites:
+            support = self.banks[site.name].support()
+            places = {"row": support.index // site.in_features, "column": support.index % site.in_features}
+            tensors = {**places, "expert": support.expert, "values": support.values}
+            found[site.name] = Stack(site.path, tensors, site.out_slice)
         return found
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ class Objective(ABC):
         higher_is_better: direction of the metric.
         needs_head: whether a head of ours maps features to class scores.
         default_head: the head where none is named.
+        own_head: whether the host's own head scores classes and trains with the method (Hugging Face Trainer).
         writes: whether it is scored on what the model writes: then it has `write(model, processor, batch)`, an Output
             with texts, and `grade(rows, texts, experience)`, parts of the metric as those of `score`.
         predicts_tokens: whether the loss at a token asks for the next one, so that nothing later may reach it.
@@ -45,6 +46,7 @@ class Objective(ABC):
     higher_is_better: ClassVar[bool]
     needs_head: ClassVar[bool]
     default_head: ClassVar[str] = "cosine"
+    own_head: ClassVar[bool] = False
     writes: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
     by_text: ClassVar[bool] = False
@@ -56,6 +58,11 @@ class Objective(ABC):
         super().__init_subclass__(**kwargs)
         if not cls.__dict__.get("title") and cls.__doc__:
             cls.title = cls.__doc__.strip().splitlines()[0].rstrip(".")
+
+    @property
+    def scores_classes(self) -> bool:
+        """Whether features go through a head, ours or the host's, that learns classes."""
+        return self.needs_head or self.own_head
 
     @abstractmethod
     def check(self, rows: Rows, processor: Any) -> None:
