@@ -13,7 +13,7 @@ import torch
 
 from .bookkeeping import quiet
 from .errors import BadInput, ProtocolRefused
-from .streams.tuning import Withheld, refuse_test_rows
+from .streams.guarded import Withheld, refuse_test_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

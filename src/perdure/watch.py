@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from .errors import ProtocolRefused
 from .holdings import Marks, kept_rows, unsaved_bytes
 from .replay import row_bytes
-from .streams.tuning import row_key
+from .streams.rows import row_key
 
 if TYPE_CHECKING:
     from .data import Batch, Output, Row, Rows

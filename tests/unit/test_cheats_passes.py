@@ -9,10 +9,10 @@ import torch
 from cheating import Cheat, experiences, learner, replace
 
 from perdure.config import EarlyStoppingConfig, TrainingConfig
-from perdure.errors import BadInput, ProtocolRefused
+from perdure.errors import ProtocolRefused
 from perdure.protocol import check_granted
 from perdure.registry import METHODS
-from perdure.streams import Stream, for_tuning
+from perdure.streams import FirstExperiences, Stream
 
 ONE = {"passes": 1}
 REFUSED = r"protocol\.passes: grants 1"
@@ -141,18 +141,17 @@ def test_early_stopping_needs_validation_rows_to_be_granted() -> None:
 def test_whoever_tunes_is_given_a_stream_without_test_rows() -> None:
     made = experiences(3)
     stream = Stream.of(made, classes=[f"kind{n}" for n in range(6)])
-    shown = for_tuning(stream, 2)
-    assert len(shown) == 2 and shown.classes is None and [shown.experience(n).index for n in (0, 1)] == [0, 1]
+    shown = FirstExperiences(stream, (0, 1))
     for seen, whole in zip(shown, made, strict=False):
         assert list(seen.train) == list(whole.train) and list(seen.valid) == list(whole.valid)
-        assert len(seen.test) == len(whole.test) and not any(row["text"] in repr(vars(seen.test)) for row in whole.test)
+        assert not any(row["text"] in repr(vars(seen.test)) for row in whole.test)
         for read in (lambda test=seen.test: test[0], lambda test=seen.test: list(test)):
-            with pytest.raises(ProtocolRefused, match=r"protocol\.tuning: test rows of 'domain\d'"):
+            with pytest.raises(ProtocolRefused, match=r"protocol\.tuning: test rows of experience \d"):
                 read()
     every = learner("finetune", early_stopping={"every": 1, "patience": 1})
     every.learn(shown.experience(0))
     assert every.evaluate([shown.experience(0)], split="valid")[0] is not None
     with pytest.raises(ProtocolRefused, match=r"protocol\.tuning"):
         every.evaluate([shown.experience(0)])
-    with pytest.raises(BadInput, match="experiences"):
-        for_tuning(stream, 4)
+    with pytest.raises(ProtocolRefused, match=r"protocol\.tuning: experience 2"):
+        shown.experience(2)

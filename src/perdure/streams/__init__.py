@@ -2,13 +2,14 @@
 
 from .config import HubSource, NamedSource, PathSource, StdlibSource, StreamConfig, build_stream
 from .experience import Experience
+from .guarded import FirstExperiences
 from .scenarios import Selection, Splits
 from .spool import Spool, SpooledStream
 from .stream import Stream
-from .tuning import for_tuning
 
 __all__ = [
     "Experience",
+    "FirstExperiences",
     "HubSource",
     "NamedSource",
     "PathSource",
@@ -20,5 +21,4 @@ __all__ = [
     "Stream",
     "StreamConfig",
     "build_stream",
-    "for_tuning",
 ]

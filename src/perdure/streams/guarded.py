@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from ..errors import ProtocolRefused
 from .experience import Experience
-from .rows import hash_rows
+from .rows import hash_rows, row_key
 from .stream import Stream
 
 
@@ -27,8 +27,8 @@ class Withheld(Sequence):
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise ProtocolRefused(
-            f"{self._what}: tuning may not see them; it learns training rows and is judged on validation rows of the "
-            "first experiences"
+            f"protocol.tuning: {self._what}: tuning may not see them; it learns training rows and is judged on "
+            "validation rows of the first experiences"
         )
 
     __len__ = __getitem__ = __iter__ = __contains__ = __reversed__ = __eq__ = _refuse  # type: ignore[assignment]
@@ -38,6 +38,17 @@ class Withheld(Sequence):
     @property
     def labels(self) -> NoReturn:
         self._refuse()
+
+
+def refuse_test_rows(experience: Experience) -> None:
+    """Raises ProtocolRefused where validation rows, which decide something, are test rows too."""
+    test = set(map(row_key, experience.test))
+    shared = sum(row_key(row) in test for row in experience.valid) if test else 0
+    if shared:
+        raise ProtocolRefused(
+            f"protocol.tuning: {shared} of the {len(experience.valid)} validation rows of {experience.name!r} are test "
+            "rows too, and nothing may be decided on those; take them out (stream.validation draws from training rows)"
+        )
 
 
 class FirstExperiences:
@@ -55,6 +66,7 @@ class FirstExperiences:
 
     Raises:
         IndexError: the stream ends before.
+        ProtocolRefused: validation rows are test rows too.
     """
 
     def __init__(self, stream: Stream, positions: Sequence[int]):
@@ -62,6 +74,7 @@ class FirstExperiences:
         self._kept: dict[int, Experience] = {}
         for position in positions:
             whole = stream.experience(position)
+            refuse_test_rows(whole)
             where = f"experience {position} ({whole.name!r})"
             seen = hash_rows(whole.train, whole.valid, (), f"{where}, ")
             test = Withheld(f"test rows of {where}")
@@ -77,7 +90,8 @@ class FirstExperiences:
         if index not in self._kept:
             allowed = ", ".join(map(str, self.positions))
             raise ProtocolRefused(
-                f"experience {index} of stream {self.name!r}: tuning may not see it, but {allowed} alone"
+                f"protocol.tuning: experience {index} of stream {self.name!r}: tuning may not see it, but {allowed} "
+                "alone"
             )
         return self._kept[index]
 
