@@ -194,7 +194,11 @@ def roots(loop: Loop, saved: bool) -> Iterator[tuple[str, Any]]:
     owners += [(f"head {head.name}", head) for head in (loop.head, loop.auxiliary_head) if head is not None]
     owners += [(f"objective {loop.objective.name}", loop.objective)]
     for who, owner in owners:
-        yield who, owner
+        # A hook that was put on it from outside closes over the caller's own scope, where the rows are anyway.
+        yield (
+            who,
+            {n: v for n, v in vars(owner).items() if not (callable(v) and callable(getattr(type(owner), n, None)))},
+        )
         for kind in type(owner).__mro__:
             if kind.__module__.startswith("perdure."):
                 break

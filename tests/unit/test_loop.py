@@ -29,7 +29,7 @@ def test_hooks_are_called_in_the_documented_order() -> None:
     assert order == [
         "attach", "before_experience", "sampler", "before_step", "criterion", "losses", "after_backward",
         "after_update",
-        "after_step", "after_experience", "predict", "on_request", "detach",
+        "after_step", "after_experience", "predict", "predict", "on_request", "detach",
     ]  # fmt: skip
     assert "parameter_groups" in method.calls
     assert len(method.seen_rows) == 4  # transform, once for each row
@@ -44,7 +44,8 @@ def test_no_more_than_is_granted_reaches_a_method() -> None:
     (seen,) = method.seen
     assert len(seen.test) == len(seen.valid) == 0 and seen.task is None
     assert all(set(row) == {"text", "label"} for row in [*seen.train, *method.seen_rows])
-    trained, scored = method.batches
+    trained, scored, alone = method.batches  # a row is scored alone too, to see that it does not hang on the others
+    assert len(alone.rows) == 1 and alone.labels is None
     assert all(set(row) == {"text", "label"} for row in trained.rows) and trained.task is None
     assert scored.labels is None and all(set(row) == {"text"} for row in scored.rows) and scored.task is None
 
