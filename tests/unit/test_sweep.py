@@ -107,6 +107,12 @@ def test_settings_without_effect_are_known(path, method, head, idle):
     assert {name.partition(".")[2] for name in without_effect(arm, space)} == idle
 
 
+def test_the_models_own_output_layer_has_no_rate_of_its_own(path):
+    arm = load_recipe(path, ["objective=causal_lm"])
+    space = Space({"training.learning_rate": [1], "training.head_learning_rate": [1]})
+    assert without_effect(arm, space) == {"training.head_learning_rate": "no head of the arm trains"}
+
+
 def test_a_head_without_a_rate_of_its_own_has_the_common_one(path):
     arm = load_recipe(path, ["method=linear_probe"])
     assert without_effect(arm, Space({"training.learning_rate": [1e-3]})) == {}
