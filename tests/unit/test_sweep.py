@@ -13,7 +13,7 @@ from perdure.errors import BadInput, ProtocolRefused
 from perdure.recipe import load_recipe
 from perdure.sweep.driver import Sweep, plan_sweep, read_table
 from perdure.sweep.space import Range, Space, space_of, without_effect
-from perdure.sweep.table import best_trials, table_of, tuning_of, warnings_of
+from perdure.sweep.table import SAME, best_trials, table_of, tuning_of, warnings_of
 from perdure.sweep.trials import Trial, read_result, units_of, write_result
 from perdure.sweep.writing import new_text, target_of
 
@@ -326,6 +326,10 @@ def test_arms_count_as_equal_only_where_all_had_the_same_chance(path):
     sweep = planned(path, arms=["frozen", "frozen+ridge"])
     before = table_of(sweep, ended(sweep, LOSSES))
     assert block(path, arms=["lora"], before=before)["equal"] is True
+    for key in SAME:
+        assert (
+            block(path, arms=["lora"], before=before | {"frozen": {**before["frozen"], key: "other"}})["equal"] is False
+        )
     other = planned(path, overrides=["seed=1"], arms=["frozen", "frozen+ridge"])
     before = table_of(other, ended(other, LOSSES))
     assert block(path, arms=["lora"], before=before)["equal"] is False
