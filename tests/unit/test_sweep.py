@@ -13,7 +13,7 @@ from perdure.errors import BadInput, ProtocolRefused
 from perdure.recipe import load_recipe
 from perdure.sweep.driver import Sweep, plan_sweep, read_table
 from perdure.sweep.space import Range, Space, space_of, without_effect
-from perdure.sweep.table import best_trials, table_of, tuning_of, warnings_of
+from perdure.sweep.table import SAME, best_trials, table_of, tuning_of, warnings_of
 from perdure.sweep.trials import Trial, read_result, units_of, write_result
 from perdure.sweep.writing import new_text, target_of
 
@@ -105,6 +105,12 @@ def test_settings_without_effect_are_known(path, method, head, idle):
     space = Space({f"training.{name}": [1] for name in ("learning_rate", "head_learning_rate", "epochs", "bf16")})
     arm = load_recipe(path, [f"method={method}", f"head={head}", "protocol.rehearsal=999"])
     assert {name.partition(".")[2] for name in without_effect(arm, space)} == idle
+
+
+def test_the_models_own_output_layer_has_no_rate_of_its_own(path):
+    arm = load_recipe(path, ["objective=causal_lm"])
+    space = Space({"training.learning_rate": [1], "training.head_learning_rate": [1]})
+    assert without_effect(arm, space) == {"training.head_learning_rate": "no head of the arm trains"}
 
 
 def test_a_head_without_a_rate_of_its_own_has_the_common_one(path):
@@ -320,6 +326,10 @@ def test_arms_count_as_equal_only_where_all_had_the_same_chance(path):
     sweep = planned(path, arms=["frozen", "frozen+ridge"])
     before = table_of(sweep, ended(sweep, LOSSES))
     assert block(path, arms=["lora"], before=before)["equal"] is True
+    for key in SAME:
+        assert (
+            block(path, arms=["lora"], before=before | {"frozen": {**before["frozen"], key: "other"}})["equal"] is False
+        )
     other = planned(path, overrides=["seed=1"], arms=["frozen", "frozen+ridge"])
     before = table_of(other, ended(other, LOSSES))
     assert block(path, arms=["lora"], before=before)["equal"] is False

@@ -40,11 +40,11 @@ def work(order: Path) -> None:
         import_file(each)
     folder, stream, begun, watch = Path(listed["folder"]), None, {}, _Watch()
     for unit in listed["units"]:
+        watch()  # before the claim, which nobody would take back
         try:
             (order.parent / unit["claim"]).touch(exist_ok=False)
         except FileExistsError:
             continue
-        watch()
         for trial in map(Trial.from_json, unit["trials"]):
             if read_result(trial, folder) is not None:
                 continue
