@@ -203,8 +203,9 @@ def roots(loop: Loop, saved: bool) -> Iterator[tuple[str, Any]]:
             if kind.__module__.startswith("perdure."):
                 break
             yield who, [value for value in vars(kind).values() if not callable(value)]
-        if saved and hasattr(owner, "state_dict"):
-            yield f"the saved state of {who}", list(owner.state_dict())
+        state = getattr(owner, "state_dict", None)  # an objective has none
+        if saved and state is not None:
+            yield f"the saved state of {who}", list(state())
     names = " and ".join(who for who, _ in owners)
     ours = ("_loop", "router_log", "_previous", "_previous_head", "_previous_learnt")
     yield f"a service of {names}", {name: value for name, value in vars(loop.services).items() if name not in ours}

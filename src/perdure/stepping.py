@@ -267,7 +267,7 @@ class Stepping(Passes):
         self.replay.given = []
         for method in self.methods:
             batch = method.before_step(batch)
-        check_batch(self, before, batch, self.rows_added)
+        check_batch(self, before, batch, self.rows_added)  # pyright: ignore[reportArgumentType]  # a base of Loop
         return batch
 
     def _loss(self, batch: Batch, output: Output, total: float, share: float, log: dict[str, Tensor]) -> Tensor:

@@ -58,7 +58,7 @@ class TrainerRows(Sequence):
         with torch.random.fork_rng():
             for row in evenly(TrainerRows(plain), _HASHED_ROWS):
                 fields = row if isinstance(row, Mapping) else dict(enumerate(row))
-                feed_row(digest, {name: value for name, value in fields.items() if _is_plain(value)})
+                feed_row(digest, {str(name): value for name, value in fields.items() if _is_plain(value)})
         return digest.hexdigest()
 
 
@@ -188,9 +188,6 @@ class TrainerLoop(Learner):
         numbers = torch.full((len(labels),), -1) if index is None else torch.tensor(list(index))
         return Batch(tensors, labels, rows, numbers)
 
-    def _as_granted(self, experience: Experience) -> Experience:
-        return experience
-
     # ---- an experience
     def learn(self, *_: Any, **__: Any) -> NoReturn:
         raise BadInput("learner: belongs to a Hugging Face Trainer, which takes its steps; call `trainer.train()`")
@@ -203,7 +200,7 @@ class TrainerLoop(Learner):
         """Tells the methods that an experience begins; one that fails before its first step is taken back."""
         self._bookmark = Bookmark(self, self._tells)
         try:
-            self._begin(experience)
+            self._begin(experience, experience)
         except BaseException:
             self.take_back()
             raise

@@ -69,4 +69,4 @@ def objective_of(model: Any) -> Objective:
             f"model: {type(model).__name__} with {model.config.num_labels} label(s) and problem_type {kind!r} does not "
             "give each row one class; set num_labels to the number of classes"
         )
-    return HostClasses(Classification.Config(pooling="mean"))
+    return HostClasses(Classification.Config.model_validate({"pooling": "mean"}))

@@ -11,7 +11,7 @@ from typing import Any
 from ..evaluation.compare import CLAIM_SEEDS
 from . import words
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "arm", "adapter", "head", "status", "block", "figure", "seeds", "mean", "low", "high",
     "difference", "difference_low", "difference_high", "wins", "losses", "ties", "pairs",
 )  # fmt: skip
