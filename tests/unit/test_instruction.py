@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from perdure.errors import BadInput
-from perdure.learner import Learner, _question
+from perdure.learner import Learner
 from perdure.objectives.causal_lm import CausalLM, PastPadding
 from perdure.objectives.instruction import Instruction
+from perdure.passes import _question
 from perdure.processors import ByteTokenizer
 from perdure.registry import OBJECTIVES
 from perdure.streams import Experience, Stream
