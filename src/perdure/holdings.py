@@ -195,10 +195,7 @@ def roots(loop: Loop, saved: bool) -> Iterator[tuple[str, Any]]:
     owners += [(f"objective {loop.objective.name}", loop.objective)]
     for who, owner in owners:
         # A hook that was put on it from outside closes over the caller's own scope, where the rows are anyway.
-        yield (
-            who,
-            {n: v for n, v in vars(owner).items() if not (callable(v) and callable(getattr(type(owner), n, None)))},
-        )
+        yield who, {n: v for n, v in vars(owner).items() if not (callable(v) and hasattr(type(owner), n))}
         for kind in type(owner).__mro__:
             if kind.__module__.startswith("perdure."):
                 break
