@@ -8,7 +8,6 @@ from perdure.errors import BadInput
 from perdure.learner import Learner
 from perdure.objectives.causal_lm import CausalLM, PastPadding
 from perdure.objectives.instruction import Instruction
-from perdure.passes import _question
 from perdure.processors import ByteTokenizer
 from perdure.registry import OBJECTIVES
 from perdure.streams import Experience, Stream
