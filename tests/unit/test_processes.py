@@ -68,6 +68,8 @@ def wait_for(path: Path) -> int:
     return int(path.read_text())
 
 
+LISTENS = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""What a shell starts in the background ignores Ctrl-C, and so do its children."""
 SLEEPS = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
 
 
@@ -86,17 +88,17 @@ def test_an_error_ends_what_runs(tmp_path):
 
 def test_ctrl_c_reaches_a_process_once_so_that_it_can_save(tmp_path):
     saves = (
-        "import os, sys, time\nseen = 0\nprint(os.getpid(), flush=True)\n"
+        f"{LISTENS}import os, sys, time\nseen = 0\nprint(os.getpid(), flush=True)\n"
         "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n"
         f"    time.sleep(0.2); open({str(tmp_path / 'saved')!r}, 'w').close()\n"
     )
     saver = job(tmp_path, "saver", saves)
     code = (
-        "from pathlib import Path\nfrom perdure.processes import Job, Processes\n"
+        f"{LISTENS}from pathlib import Path\nfrom perdure.processes import Job, Processes\n"
         f"Processes(1).run([Job('saver', {saver.arguments!r}, Path({str(saver.log)!r}))], lambda job, code: [])\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, process_group=0)
     pid = wait_for(saver.log)
     os.killpg(parent.pid, signal.SIGINT)  # as a terminal does
-    parent.communicate()
+    parent.communicate(timeout=120)
     assert parent.returncode and (tmp_path / "saved").exists() and not alive(pid)
