@@ -226,7 +226,8 @@ def _ways_out(loop: Loop) -> set[int]:
     """Ids of what a walk does not enter: the loop, its books, and the user's model with all that stands in it."""
     mine = {id(part) for method in loop.methods for module in method.modules.values() for part in _parts(module)}
     theirs = {id(part) for part in _parts(loop.model)} - mine
-    ours = [loop, loop.services, loop.host, loop.replay, loop.accelerator, loop.processor, loop.generator, loop.system]
+    ours = [*loop.methods, loop.head, loop.auxiliary_head, loop.objective]  # each is a root of its own
+    ours += [loop, loop.services, loop.host, loop.replay, loop.accelerator, loop.processor, loop.generator, loop.system]
     return theirs | {id(each) for each in (*ours, loop.services.router_log, loop.labels)}
 
 

@@ -90,7 +90,10 @@ def _put_report_back(folder: Path, then: dict[str, Any]) -> None:
     from .report.build import write_json
     from .run_report import read_losses
 
-    curves: dict[str, Any] = {"loss": read_losses(folder / LOSSES_FILE, then["losses_bytes"])}
+    curves: dict[str, Any] = {
+        "loss": read_losses(folder / LOSSES_FILE, then["losses_bytes"]),
+        "stored_bytes": (then.get("accounts") or {}).get("stored", []),
+    }
     if then.get("probing") is not None:
         probing = Probing(ProbeConfig(**report["protocol"]["probe"]))
         probing.load_state_dict(then["probing"])

@@ -86,7 +86,6 @@ def _plasticity(run: Run) -> dict[str, float]:
 
 
 def _cost(run: Run) -> dict[str, float]:
-    from .holdings import unsaved_bytes
     from .replay import row_bytes
 
     learner, counters, stored = run.learner, run.learner.counters, run.accounts.stored
@@ -97,7 +96,7 @@ def _cost(run: Run) -> dict[str, float]:
         "stored_bytes": stored[-1] if stored else learner.stored_bytes(),
         "steps": counters.steps, "samples": counters.samples,
         "extra_passes": counters.extra_passes, "extra_rows": counters.extra_rows,
-        "rehearsal_bytes": sum(map(row_bytes, learner.replay.rows)), "unsaved_bytes": unsaved_bytes(learner),
+        "rehearsal_bytes": sum(map(row_bytes, learner.replay.rows)),
         **run.accounts.cost(), **_probe_cost(run),
     }  # fmt: skip
 

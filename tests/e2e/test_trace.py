@@ -104,7 +104,7 @@ def test_a_list_of_passes_that_is_too_short_is_refused(tmp_path, nursery):
         "stream.source=[a.jsonl, b.jsonl]", "objective.instruction.max_prompt=16", "objective.instruction.max_answer=4",
         "training.epochs=[1]", "output_dir=out", "--no-progress",
     )  # fmt: skip
-    assert done.code == 64 and "training.epochs: lists 1 numbers, and there is an experience 2" in done.output
+    assert done.code == 64 and "training.epochs: lists 1 numbers, and the stream has 2 experiences" in done.output
     assert not (tmp_path / "out").exists()
     done = nursery.run(tmp_path, "run", "trace", "training.epochs=[1, 0]", "output_dir=out")
     assert done.code == 64 and done.output.startswith("perdure: training.epochs: give one number, or one for each")
