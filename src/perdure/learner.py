@@ -23,8 +23,7 @@ from .early_stopping import EarlyStopping
 from .errors import BadInput
 from .evaluation.classes import count_classes
 from .heads import Head
-from .holdings import Marks
-from .loading import derived_seed, drawn, granted
+from .loading import derived_seed, drawn
 from .loop import Loop
 from .memory.observe import RouterLog
 from .models import ASKED
@@ -102,14 +101,8 @@ class Learner(Loop):
                     count_classes(per_class, batch.rows, right(batch, output, allowed).tolist())
             if together:
                 total += self._score(*self.objective.gathered(parts), None)
-        check_scored_rows_gone(self, self._marks(experience, split, rows), split, experience.name)
+        check_scored_rows_gone(self, experience, split, rows)
         return self.objective.finish(float(total[0]), int(total[1]))
-
-    def _marks(self, experience: Experience, split: str, rows: Rows) -> Marks:
-        key = (experience.hash, split)
-        if key not in self._marked:
-            self._marked[key] = Marks(self, granted(tuple(rows) if isinstance(rows, list) else rows))
-        return self._marked[key]
 
     def _score(self, batch: Batch, output: Output, allowed: Tensor | None) -> Tensor:
         return _summed(self.objective.score(batch, output, allowed))
@@ -455,11 +448,6 @@ class Learner(Loop):
 
         tensors, values = read_portable(Path(folder))
         check_form(values, set(inspect.signature(cls).parameters) - {"model", "processor"}, folder)
-        if values.get("host_head"):
-            raise BadInput(
-                f"{folder}: was learnt under the Hugging Face Trainer with the model's own classification head, which "
-                "no Learner has; read it with `PerdureCallback.load_pretrained`"
-            )
         objective = next(iter(values["settings"]["objective"]))
         if model is None:
             from .models import load_model

@@ -1,4 +1,4 @@
-"""Work and memory of one step, counted while it runs: the same on every machine, and no number is changed by it.
+"""Work and memory of one step, counted while it runs and not timed; no number is changed by it.
 
 FLOPs are those of matrix products, convolutions and attention, two for a multiplication and an addition, by the
 formulas of `torch.utils.flop_counter`; elementwise operations, normalisation and the optimizer's update are left out.
@@ -7,7 +7,6 @@ Bytes are those of the tensors alive at the worst moment; what an allocator or a
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -113,23 +112,10 @@ def training_step(learner: Any, batches: list[Batch]) -> Iterator[None]:
     if learner.accelerator.num_processes > 1:
         yield
         return
-    with _no_collection(), Meter(_held(learner)) as meter:
+    with Meter(_held(learner)) as meter:
         meter.peak_bytes = meter.now
         yield
     learner.metered = {**_per(meter.flops, batches, "train"), "step_peak_bytes": meter.peak_bytes}
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Tensors in cycles of references die when the collector comes by, which hangs on what the process did before."""
-    on = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
 
 
 def _held(learner: Any) -> Iterator[Tensor]:

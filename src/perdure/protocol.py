@@ -138,3 +138,9 @@ def check_granted(methods: Sequence[Method], protocol: ProtocolConfig, training:
             f"training.epochs: is {training.epochs}, but the protocol grants {protocol.passes} pass(es) over each "
             "experience; lower it or raise protocol.passes"
         )
+
+
+def declared_classes(classes: Sequence[str] | None, protocol: ProtocolConfig) -> list[str] | None:
+    """The classes of a stream where the protocol makes them known in advance; None where they come as they come."""
+    known = protocol.mask == "all" or protocol.label_space == "declared"
+    return list(classes) if classes and known else None

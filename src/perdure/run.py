@@ -25,6 +25,7 @@ from .metering import inference
 from .models import load_model, model_name
 from .probing import Probing
 from .progress import Progress
+from .protocol import declared_classes
 from .recipe import Recipe, load_recipe, resolved_yaml
 from .registry import OBJECTIVES
 from .run_accounts import Accounts
@@ -192,7 +193,8 @@ class Run:
         self.base_hash = model_hash(dict(model.state_dict()))
         self.learner = Learner(
             model, processor, method=recipe.method, head=recipe.head, objective=recipe.objective,
-            training=recipe.training, protocol=recipe.protocol, seed=recipe.seed, classes=self._declared(),
+            training=recipe.training, protocol=recipe.protocol, seed=recipe.seed,
+            classes=declared_classes(self.stream.classes, recipe.protocol),
         )  # fmt: skip
         self._check_rows()
         self.store: StateStore
@@ -210,13 +212,6 @@ class Run:
         self.accounts = Accounts()
         self.environment = environment(self.learner.device)
         self.notes: list[str] = []
-
-    def _declared(self) -> list[str] | None:
-        """The stream's classes where the protocol declares them in advance; the stream itself checks its labels."""
-        protocol = self.recipe.protocol
-        if self.stream.classes and (protocol.mask == "all" or protocol.label_space == "declared"):
-            return list(self.stream.classes)
-        return None
 
     def _check_rows(self) -> None:
         """A wrong row of the last experience is found now, not after hours. Images are read when their turn comes."""

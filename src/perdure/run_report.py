@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .learner import Learner
     from .run import Run
 
 
@@ -49,10 +50,7 @@ def _details(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
     learner = run.learner
     return {
         "arm": run.recipe.label,
-        "method": [
-            {"name": m.name, "title": m.title, "config": m.config.model_dump(mode="json"), "status": m.status,
-             "removal": m.removal, "needs": sorted(m.needs)} for m in learner.methods
-        ],
+        "method": method_facts(learner),
         "head": settings["head"],
         "objective": settings["objective"],
         "model": {**run.model_facts, "hash": run.base_hash},
@@ -61,6 +59,24 @@ def _details(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
         "pretraining": _overlap(run),
         "router_history": run.router_history,
         "writes": learner.writes,
+    }  # fmt: skip
+
+
+def method_facts(learner: Learner) -> list[dict[str, Any]]:
+    """Each method with its settings, as reports hold them."""
+    return [
+        {"name": m.name, "title": m.title, "config": m.config.model_dump(mode="json"), "status": m.status,
+         "removal": m.removal, "needs": sorted(m.needs)} for m in learner.methods
+    ]  # fmt: skip
+
+
+def counted(learner: Learner) -> dict[str, float]:
+    """What a learner itself has counted, for `cost` of a report."""
+    counters = learner.counters
+    return {
+        "seconds": counters.seconds, "total_parameters": sum(p.numel() for p in learner.system.parameters()),
+        "steps": counters.steps, "samples": counters.samples,
+        "extra_passes": counters.extra_passes, "extra_rows": counters.extra_rows,
     }  # fmt: skip
 
 
@@ -88,14 +104,11 @@ def _plasticity(run: Run) -> dict[str, float]:
 def _cost(run: Run) -> dict[str, float]:
     from .replay import row_bytes
 
-    learner, counters, stored = run.learner, run.learner.counters, run.accounts.stored
+    learner, stored = run.learner, run.accounts.stored
     return {
-        "seconds": counters.seconds, "evaluation_seconds": run.evaluation_seconds,
+        **counted(learner), "evaluation_seconds": run.evaluation_seconds,
         "trainable_parameters": run.trainable or learner.trainable_parameters(),
-        "total_parameters": sum(p.numel() for p in learner.system.parameters()),
         "stored_bytes": stored[-1] if stored else learner.stored_bytes(),
-        "steps": counters.steps, "samples": counters.samples,
-        "extra_passes": counters.extra_passes, "extra_rows": counters.extra_rows,
         "rehearsal_bytes": sum(map(row_bytes, learner.replay.rows)),
         **run.accounts.cost(), **_probe_cost(run),
     }  # fmt: skip

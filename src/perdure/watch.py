@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .errors import ProtocolRefused
 from .holdings import Marks, kept_rows, unsaved_bytes
+from .loading import granted
 from .replay import row_bytes
 from .streams.rows import row_key
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .data import Batch, Output, Row, Rows
     from .learner import Learner
     from .loop import Loop
+    from .streams.experience import Experience
 
 VOTERS = 8
 """Rows of a batch that are scored alone at the most."""
@@ -194,14 +196,17 @@ def _names(loop: Loop) -> str:
 
 
 # ---- scoring
-def check_scored_rows_gone(learner: Learner, marks: Marks, split: str, name: str) -> None:
+def check_scored_rows_gone(learner: Learner, experience: Experience, split: str, rows: Rows) -> None:
     """Raises ProtocolRefused where a plug-in keeps rows that were scored."""
-    kept = kept_rows(learner, marks, saved=False)
+    key = (experience.hash, split)
+    if key not in learner._marked:
+        learner._marked[key] = Marks(learner, granted(tuple(rows) if isinstance(rows, list) else rows))
+    kept = kept_rows(learner, learner._marked[key], saved=False)
     if kept is not None:
         who, count = kept
         raise ProtocolRefused(
-            f"protocol.evaluate: {who} keeps at least {count} of the {split} rows of {name!r}, which are there to be "
-            "scored and for nothing else; keep nothing of a batch that is predicted"
+            f"protocol.evaluate: {who} keeps at least {count} of the {split} rows of {experience.name!r}, which are "
+            "there to be scored and for nothing else; keep nothing of a batch that is predicted"
         )
 
 

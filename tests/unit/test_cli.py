@@ -379,7 +379,7 @@ def test_version():
 
 def test_settings_are_documented():
     """What `perdure methods NAME` shows comes from the fields' own words."""
-    from perdure.cli import field_words
+    from perdure.listing import field_words
 
     class Some(Strict):
         a: int = 1

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..run_report import counted, method_facts
 from ..state.environment import environment
 from .loop import TrainerLoop, TrainerRows
-
-REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 
 
 class Record:
@@ -50,7 +49,6 @@ class Record:
         from ..report.build import build_report
 
         trainer, settings = loop.trainer, loop.settings()
-        counters = loop.counters
         plasticity: dict[str, float] = {}
         for method in loop.methods:
             plasticity |= method.plasticity()
@@ -67,10 +65,7 @@ class Record:
             protocol=settings["protocol"],
             training={**settings["training"], "trainer": type(trainer).__name__},
             details={
-                "method": [
-                    {"name": m.name, "title": m.title, "config": m.config.model_dump(mode="json"),
-                     "status": m.status, "removal": m.removal} for m in loop.methods
-                ],
+                "method": method_facts(loop),
                 "stream": {"experiences": self.names},
                 "writes": loop.writes,
                 "arguments": trainer.args.to_sanitized_dict(),
@@ -78,11 +73,8 @@ class Record:
             matrix=self.matrix,
             baseline=None,
             cost={
-                "seconds": counters.seconds, "evaluation_seconds": self.seconds,
-                "trainable_parameters": self.trainable, "stored_bytes": loop.stored_bytes(),
-                "total_parameters": sum(p.numel() for p in loop.model.parameters()),
-                "steps": counters.steps, "samples": counters.samples,
-                "extra_passes": counters.extra_passes, "extra_rows": counters.extra_rows,
+                **counted(loop), "evaluation_seconds": self.seconds, "trainable_parameters": self.trainable,
+                "stored_bytes": loop.stored_bytes(),
             },
             status="complete" if complete else "running",
             plasticity=plasticity,
@@ -92,9 +84,7 @@ class Record:
 
     def write(self, report: dict[str, Any], folder: Path) -> None:
         """report.html and report.json."""
-        from ..report.build import write_json
-        from ..report.html import render_run
+        from ..comparison import write_run
 
         folder.mkdir(parents=True, exist_ok=True)
-        render_run(report, folder / PAGE_FILE)
-        write_json(folder / REPORT_FILE, report)
+        write_run(folder, report, everything=True)

@@ -100,6 +100,7 @@ def check_form(values: dict[str, Any], names: Iterable[str], folder: str | Path)
         folder: for the message.
 
     Raises:
+        BadInput: it has a head that no Learner has.
         DamagedState: names the first entry that is missing or of another kind.
     """
     for key, kind in _FORM.items():
@@ -108,6 +109,11 @@ def check_form(values: dict[str, Any], names: Iterable[str], folder: str | Path)
             found = found.get(part) if isinstance(found, dict) else None
         if not isinstance(found, kind) or found == {}:
             raise DamagedState(f"{folder}: {DOCUMENT} has no valid {key!r}; restore it from a copy")
+    if values.get("host_head"):
+        raise BadInput(
+            f"{folder}: was learnt under the Hugging Face Trainer with the model's own classification head, which no "
+            "Learner has; read it with `PerdureCallback.load_pretrained`"
+        )
     unknown = sorted(set(values["settings"]) - set(names))
     if unknown:
         raise DamagedState(f"{folder}: {DOCUMENT} has unknown settings {', '.join(unknown)}; restore it from a copy")

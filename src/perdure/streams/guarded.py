@@ -55,7 +55,7 @@ class FirstExperiences:
     """The experiences of a stream at some positions, as if it ended with the last of them.
 
     Their test rows are withheld, and no other experience can be had. Names of classes that the whole stream declares
-    stay known, as they are in a run.
+    stay known, for protocols that declare them.
 
     Args:
         stream: a bounded one.

@@ -15,6 +15,7 @@ from ..bookkeeping import quiet
 from ..errors import NonFiniteLoss
 from ..learner import Learner
 from ..models import load_model
+from ..protocol import declared_classes
 from ..recipe import Recipe
 from ..registry import OBJECTIVES
 from ..state import model_hash, perdure_commit
@@ -55,7 +56,7 @@ def train_trial(
         training = training.model_copy(update={"epochs": training.epochs[stream.positions[0] :]})
     learner = Learner(
         model, processor, method=recipe.method, head=recipe.head, objective=recipe.objective, training=training,
-        protocol=recipe.protocol, seed=recipe.seed, classes=list(stream.classes) if stream.classes else None,
+        protocol=recipe.protocol, seed=recipe.seed, classes=declared_classes(stream.classes, recipe.protocol),
     )  # fmt: skip
     experiences = list(stream)
     _learn(learner, experiences, pretraining_of(recipe), begun, on_step)
