@@ -301,6 +301,8 @@ class Run:
             probe = self._probe(experience)
             counts: dict[str, list[int]] = {}
             row = self._row(experience.index, counts=counts)
+            if experience.index == self.length - 1:
+                self.accounts.validate(learner, self.stream, self._stop_if_asked)
         except Interrupted:
             self._save()
             raise
@@ -464,10 +466,8 @@ class Run:
         self.learner.load_state_dict(state.tensors, state.values)
         self.matrix, self.baseline, self.trainable = kept["matrix"], kept["baseline"], kept["trainable"]
         self.drift, self.router_history, self.router = kept["drift"], kept["router_history"], kept["router"]
-        self.evaluation_seconds, self.accounts = (
-            kept["evaluation_seconds"],
-            Accounts.of(kept.get("accounts"), len(kept["matrix"])),
-        )
+        self.evaluation_seconds = kept["evaluation_seconds"]
+        self.accounts = Accounts.of(kept.get("accounts"), len(kept["matrix"]))
         if self.probing is not None:
             self.probing.load_state_dict(kept["probing"])
         self.notes = [*kept["notes"], *(note for note in self.notes if note not in kept["notes"])]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,7 @@ from .evaluation.classes import class_figures, class_table
 
 if TYPE_CHECKING:
     from .learner import Learner
+    from .streams import Stream
 
 
 @dataclass
@@ -22,12 +26,14 @@ class Accounts:
         stored: `Learner.stored_bytes` after each experience.
         work: what `metering` has counted, in the last experience.
         device_peak: most bytes that torch had allocated on the accelerator during the run; 0 on a CPU.
+        valid: scores on the validation rows of all experiences once the last was learnt; empty where there are none.
     """
 
     classes: list[dict[str, list[int]]] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
     work: dict[str, float] = field(default_factory=dict)
     device_peak: int = 0
+    valid: list[float] = field(default_factory=list)
 
     def begin(self, learner: Learner) -> None:
         if learner.device.type == "cuda":
@@ -39,12 +45,24 @@ class Accounts:
         if learner.device.type == "cuda":
             self.device_peak = max(self.device_peak, torch.cuda.max_memory_allocated(learner.device))
 
+    def validate(self, learner: Learner, stream: Stream, between: Callable[[], None]) -> None:
+        """Scores the validation rows of all experiences; `between` is called before each."""
+        self.valid = []
+        for index in range(stream.length or 0):
+            between()
+            (score,) = learner.evaluate([stream.experience(index)], split="valid").values()
+            self.valid += [] if score is None else [score]
+
     # ---- for the report
     def table(self) -> list[dict[str, Any]]:
         return class_table(self.classes) if any(self.classes) else []
 
     def figures(self) -> dict[str, float | None]:
-        return class_figures(self.table()) if any(self.classes) else {}
+        found = class_figures(self.table()) if any(self.classes) else {}
+        if self.valid:
+            mean = statistics.fmean(self.valid)
+            found["validation_average"] = mean if math.isfinite(mean) else None
+        return found
 
     def cost(self) -> dict[str, float]:
         found = dict(self.work)

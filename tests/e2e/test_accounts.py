@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from perdure.learner import Learner
+from perdure.progress import Progress
 from perdure.recipe import load_recipe
 from perdure.report.html import render_run
-from perdure.run import Run, run_recipe
+from perdure.run import Run, learner_of, run_recipe
 from perdure.run_accounts import Accounts
 
 from . import tiny
@@ -72,6 +73,18 @@ def test_bytes_and_classes_at_every_boundary(tmp_path):
         assert said in page, said
 
 
+@pytest.mark.parametrize("arm", ["moram+er", "moram-lm"])
+def test_validation_rows_are_scored_once_at_the_end(arm, tmp_path):
+    plain = finished(tmp_path / "without", arm)
+    assert "validation_average" not in plain["metrics"]
+    report = finished(tmp_path / "with", arm, "stream.validation=3")
+    run_folder = tmp_path / "with" / "run"
+    learner, stream = learner_of(run_folder), Run(load_recipe(run_folder / "recipe.yaml"), Progress(False)).stream
+    scores = learner.evaluate([stream.experience(index) for index in range(stream.length)], split="valid")
+    assert report["metrics"]["validation_average"] == pytest.approx(sum(scores.values()) / len(scores))
+    assert all(len(stream.experience(index).valid) for index in range(stream.length))
+
+
 def test_a_closed_form_head_trains_in_no_step(tmp_path):
     cost = finished(tmp_path, "linear_probe+ridge")["cost"]
     assert "train_flops_per_row" not in cost and cost["inference_flops_per_row"] > 0
@@ -86,8 +99,6 @@ def test_a_state_from_before_there_were_accounts(tmp_path):
 
 def test_evaluation_leaves_every_random_state_and_mode_as_it_was(tmp_path, monkeypatch):
     """Also where a scorer or a method draws from Python or NumPy, and where a part stands in another mode."""
-    from perdure.progress import Progress
-
     run = Run(load_recipe(str(tiny.write_arm(tmp_path, "moram"))), Progress(enabled=False))
     learner, experience = run.learner, run.stream.experience(0)
     learner.learn(experience)

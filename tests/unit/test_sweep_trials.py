@@ -101,7 +101,7 @@ def test_passes_that_are_listed_are_those_of_the_experience(path):
     assert steps == [0] * 3 * 4 + [1] * 2 * 4  # four steps a pass
 
 
-@pytest.mark.parametrize(("typed", "known"), [([], None), (["protocol.label_space=declared"], 6)])
+@pytest.mark.parametrize(("typed", "known"), [([], None), (["protocol.mask=all"], 6)])
 def test_a_trial_knows_of_later_classes_what_a_run_knows(path, typed, known):
     recipe, declared = load_recipe(path, typed), []
     training.train_trial(recipe, seen(recipe, 0), {}, lambda learner, _: declared.append(learner.declared))

@@ -48,6 +48,7 @@ _LABELS = {
     "windowed_plasticity": "Largest rise in a window (WP)",
     "recovery_steps": "Steps until an old experience was back",
     "recovered_share": "Share that came back before the next boundary",
+    "validation_average": "Average {m} on validation rows",
     "worst_class": "Worst class",
     "class_forgetting": "Forgetting of a class",
     "worst_class_forgetting": "Largest forgetting of a class",
