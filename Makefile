@@ -39,6 +39,7 @@ agreement: install
 docs: install
 	$(BIN)/python -m perdure.evaluation.ledger docs/results.md results/ledger.jsonl
 	$(BIN)/python -m perdure.results results/ledger.jsonl
+	$(BIN)/python -m perdure.auto docs/auto.md results/ledger.jsonl
 	$(BIN)/python -m tests.conformance.matrix_page docs/hosts.md
 
 # The three cheapest rows, one seed of each; others: make ledger-check CHECK="--rows 5 --draw 2026-01-01"

@@ -23,7 +23,8 @@ def explain(name: str) -> None:
     """
     if name in PRESETS:
         preset = PRESETS[name]
-        typer.echo(f"{name}: {preset.title}\n\n{preset.details}\n\nsettings: {preset.settings}")
+        settings = f"\n\nsettings: {preset.settings}" if preset.settings else ""
+        typer.echo(f"{name}: {preset.title}\n\n{preset.details}{settings}")
         if name not in HEADS.names():
             return
         typer.echo("\nthe head of that name:\n")

@@ -16,6 +16,12 @@ class Preset:
 
 
 PRESETS = {
+    "auto": Preset(
+        "Adapter, head and rates that did best on validation rows of streams of the same kind",
+        "Chosen from the ledger by objective, modality and scenario, among what the protocol grants; docs/auto.md\n"
+        "holds the figures. The first line of a run says what was taken and why.",
+        {},
+    ),
     "ranpac": Preset(
         "LoRA on the first experience only, then the ridge head on features that keep still",
         "RanPAC (McDonnell et al., NeurIPS 2023): the backbone is adapted to the first experience and frozen, random\n"

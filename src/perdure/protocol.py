@@ -8,6 +8,7 @@ from typing import Any
 from .config import ProtocolConfig, TrainingConfig
 from .errors import BadInput, ProtocolRefused
 from .methods import Method
+from .registry import METHODS
 
 
 def check_list(methods: Sequence[Method]) -> None:
@@ -138,6 +139,15 @@ def check_granted(methods: Sequence[Method], protocol: ProtocolConfig, training:
             f"training.epochs: is {training.epochs}, but the protocol grants {protocol.passes} pass(es) over each "
             "experience; lower it or raise protocol.passes"
         )
+
+
+def check_methods(methods: Sequence[tuple[str, Any]], protocol: ProtocolConfig, training: TrainingConfig) -> None:
+    """Checks methods, as `METHODS.parse` gives them, against each other and the protocol: `check_list`, then
+    `check_granted`.
+    """
+    built = [METHODS.get(name)(config) for name, config in methods]
+    check_list(built)
+    check_granted(built, protocol, training)
 
 
 def declared_classes(classes: Sequence[str] | None, protocol: ProtocolConfig) -> list[str] | None:

@@ -15,13 +15,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, ValidationError, field_validator
 
-from . import yamltext
+from . import auto, yamltext
 from .config import ProtocolConfig, Strict, TrainingConfig
 from .errors import BadInput
 from .models import ModelSource
 from .presets import PRESETS
 from .pretraining import Pretraining
-from .protocol import check_drift, check_granted, check_head, check_list
+from .protocol import check_drift, check_head, check_methods
 from .recipe_layers import BLOCKS, DEFAULTS, apply_arm, head_name, holds, mark, set_value, split_override
 from .registry import HEADS, METHODS, OBJECTIVES
 from .streams import StreamConfig
@@ -91,6 +91,7 @@ class Recipe(Strict):
     _base: dict[str, Any] = PrivateAttr(default_factory=dict)
     _origin: str = PrivateAttr(default="recipe")
     _overrides: tuple[str, ...] = PrivateAttr(default=())
+    _choice: str | None = PrivateAttr(default=None)
 
     @field_validator("tuning", mode="after")
     @classmethod
@@ -105,6 +106,11 @@ class Recipe(Strict):
     def typed(self) -> list[tuple[list[str], Any]]:
         """What the user typed over the recipe: path of the setting and value."""
         return [split_override(text) for text in self._overrides]
+
+    @property
+    def choice(self) -> str | None:
+        """What `method: auto` has taken and why; None without it."""
+        return self._choice
 
     @property
     def label(self) -> str:
@@ -244,7 +250,11 @@ def _resolve(
         arm = data["method"]
         if data.get("head") is not None:
             raise BadInput(f"head: the preset {arm} brings its own; remove head, or write the methods out")
+    choice = None
     if arm is not None:
+        if arm.partition("+")[0] == auto.NAME and auto.NAME not in arms:
+            choice = _chosen(data, typed, arm)
+            arms = {**arms, auto.NAME: choice.settings}
         typed = [(path, value) for path, value in typed if not (path == ["method"] and isinstance(value, str))]
         data["arm"] = apply_arm(data, sources, arms, arm)
         sources["arm"] = "command line"
@@ -261,7 +271,19 @@ def _resolve(
     recipe._sources.update(sources)
     recipe._base.update(base)
     recipe._origin, recipe._overrides = origin, tuple(overrides)
+    recipe._choice = None if choice is None else choice.why
     return recipe
+
+
+def _chosen(data: dict[str, Any], typed: list[tuple[list[str], Any]], arm: str) -> auto.Choice:
+    """What `method: auto` means here, with what the user typed over everything but methods and head."""
+    if arm != auto.NAME:
+        raise BadInput(f"head: auto brings its own; write {auto.NAME} alone, or head=... beside method={auto.NAME}")
+    data = copy.deepcopy(data)
+    for path, value in typed:
+        if path[0] not in ("method", "head"):
+            set_value(data, {}, path, value)
+    return auto.choose(data)
 
 
 def source_of(recipe: Recipe, dotted: str) -> str:
@@ -410,13 +432,6 @@ def _check_stream(recipe: Recipe) -> None:
         raise BadInput(
             f"training.epochs: is {recipe.training.epochs}, but stream.scenario online is a single pass; set it to 1"
         )
-
-
-def check_methods(methods: Sequence[tuple[str, Any]], protocol: ProtocolConfig, training: TrainingConfig) -> None:
-    """Checks methods against each other and against the protocol: as `protocol.check_list` and `check_granted`."""
-    built = [METHODS.get(name)(config) for name, config in methods]
-    check_list(built)
-    check_granted(built, protocol, training)
 
 
 # ---- what a recipe says

@@ -188,7 +188,9 @@ class Run:
         ((objective, _),) = OBJECTIVES.parse(recipe.objective, "objective")
         if recipe.training.num_threads:
             torch.set_num_threads(recipe.training.num_threads)
-        progress.message(f"loading {model_name(recipe.model)}")
+        self.notes: list[str] = [recipe.choice] if recipe.choice else []
+        for line in (*self.notes, f"loading {model_name(recipe.model)}"):
+            progress.message(line)
         model, processor, self.model_facts = load_model(recipe.model, objective, seed=recipe.seed)
         self.base_hash = model_hash(dict(model.state_dict()))
         self.learner = Learner(
@@ -211,7 +213,6 @@ class Run:
         self.probing = None if probe is None else Probing(probe)
         self.accounts = Accounts()
         self.environment = environment(self.learner.device)
-        self.notes: list[str] = []
 
     def _check_rows(self) -> None:
         """A wrong row of the last experience is found now, not after hours. Images are read when their turn comes."""

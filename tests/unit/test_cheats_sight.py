@@ -12,7 +12,7 @@ from cheating import Cheat, experiences, learner, registered, replace, shown
 from perdure.config import ProtocolConfig, TrainingConfig
 from perdure.errors import ProtocolRefused
 from perdure.objectives.classification import Classification
-from perdure.recipe import check_methods
+from perdure.protocol import check_methods
 from perdure.registry import HEADS, METHODS, OBJECTIVES
 
 

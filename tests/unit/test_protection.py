@@ -10,7 +10,7 @@ import torch
 from perdure.config import ProtocolConfig, TrainingConfig
 from perdure.errors import BadInput
 from perdure.learner import Learner
-from perdure.recipe import check_methods
+from perdure.protocol import check_methods
 from perdure.registry import METHODS
 from tests.conformance import cases
 

@@ -1,0 +1,134 @@
+"""`method: auto`: what is chosen, from what, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from perdure import auto, yamltext
+from perdure.errors import BadInput, ProtocolRefused
+from perdure.recipe import load_recipe, make_recipe
+
+LEDGER = Path(__file__).parents[2] / "results" / "ledger.jsonl"
+TEXT = {"scratch": {"family": "bert", "layers": 1, "width": 16, "heads": 2}}
+IMAGES = {"scratch": {"family": "vit", "layers": 1, "width": 16, "heads": 2}}
+ARMS = {
+    "er": {"method": [{"lora": {"rank": 3}}, {"er": {"budget": 6}}], "training": {"learning_rate": 2e-3}, "note": "x"},
+    "seta-oracle": {"method": {"seta": {"gate": "oracle"}}},
+    "joint": {"method": [{"lora": {"rank": 3}}, "joint"]},
+    "probe": {"method": "linear_probe", "head": "ridge"},
+    "moram": {"method": {"moram": {"rank": 2}}, "training": {"learning_rate": 5e-4}},
+}
+
+
+def settings(**changes):
+    made = {
+        "name": "mine", "model": TEXT, 
+        "stream": {"source": "rows.jsonl", "scenario": "class_incremental", "experiences": 2},
+        "objective": "classification", "protocol": {"rehearsal": 40, "task_id": "test"}, "arms": ARMS,
+    }  # fmt: skip
+    return {**made, **changes}
+
+
+def row(folder, named, arm, valid, test=0.5, **changes):
+    path = folder / f"{named}.yaml"
+    path.write_text(yamltext.dump(settings(name=named, **changes)), encoding="utf-8")
+    figures = {"validation_average": valid, "average_accuracy": test}
+    metrics = {name: {"mean": value, "low": None, "high": None} for name, value in figures.items() if value is not None}
+    facts = {"recipe": named, "method": arm, "head": None, "model": "m", "stream": "s"}
+    return {**facts, "metrics": metrics, "run": [str(path)]}
+
+
+@pytest.fixture
+def offers(tmp_path):
+    first = {"er": 0.9, "probe": 0.8, "moram": 0.7, "joint": 0.99, "seta-oracle": 0.98}
+    table = {"one": first, "two": {"er": 0.5, "probe": 0.7, "moram": 0.75}}
+    rows = [row(tmp_path, stream, arm, value) for stream, arms in table.items() for arm, value in arms.items()]
+    rows.append(row(tmp_path, "one", "lora", None))  # from before runs scored their validation rows
+    old = row(tmp_path, "one", "moram", 1.0) | {"recipe": "old"}
+    rows.append({key: value for key, value in old.items() if key != "run"})
+    return auto.extract(rows)
+
+
+def test_the_best_on_validation_rows_of_all_streams_of_a_kind_comes_first(offers):
+    assert [offer["arm"] for offer in offers] == ["probe", "moram", "er"]  # 0.75, 0.725, 0.7; bounds are no offers
+    assert {offer["kind"] for offer in offers} == {"classification of text"}
+    assert offers[0]["validation"] == {"one": 0.8, "two": 0.7} and [o["stores_rows"] for o in offers] == [0, 0, 1]
+    choice = auto.choose(settings(), offers)
+    assert choice.settings == {"method": "linear_probe", "head": "ridge"}
+    assert choice.why == "auto: probe, best on validation rows of what is granted (one 80.0 %, two 70.0 %)"
+
+
+def test_test_figures_decide_nothing(tmp_path):
+    rows = [row(tmp_path, "one", "er", 0.6, test=0.1), row(tmp_path, "one", "probe", 0.5, test=0.9)]
+    assert auto.extract(rows)[0]["arm"] == "er"
+
+
+def test_only_what_is_granted_is_taken_and_the_buffer_is_the_granted_one(tmp_path):
+    offers = auto.extract([row(tmp_path, "one", "er", 0.9), row(tmp_path, "one", "moram", 0.8)])
+    granted = auto.choose(settings(), offers).settings
+    assert granted["method"][1] == {"er": {"budget": 40}} and "note" not in granted
+    assert offers[0]["settings"]["method"][1]["er"]["budget"] == 6  # the offer itself stays
+    none = auto.choose(settings(protocol={"rehearsal": 0}), offers)
+    assert none.settings == {"method": {"moram": {"rank": 2}}, "training": {"learning_rate": 5e-4}}
+    with pytest.raises(ProtocolRefused, match=r"method: auto finds nothing .*rehearsal"):
+        auto.choose(settings(protocol={"rehearsal": 0}), offers[:1])
+
+
+def test_kinds_are_kept_apart_and_another_scenario_is_said(tmp_path):
+    rows = [row(tmp_path, "pictures", "probe", 0.9, model=IMAGES), row(tmp_path, "one", "moram", 0.3)]
+    offers = auto.extract(rows)
+    assert [offer["kind"] for offer in offers] == ["classification of images", "classification of text"]
+    assert auto.choose(settings(model=IMAGES), offers).settings["head"] == "ridge"
+    (tmp_path / "preprocessor_config.json").touch()
+    assert auto.choose(settings(model=str(tmp_path)), offers).settings["head"] == "ridge"
+    assert auto.choose(settings(model="google/vit-base-patch16-224"), offers).settings["head"] == "ridge"
+    stream = {"source": ["a.jsonl", "b.jsonl"], "scenario": "domain_incremental"}
+    assert auto.choose(settings(stream=stream), offers).why.endswith(
+        "; measured on class_incremental streams, none was domain_incremental"
+    )
+    with pytest.raises(BadInput, match=r"no stream of instruction was; name a method .*classification of text"):
+        auto.choose(settings(objective="instruction"), offers)
+
+
+def test_perplexities_are_averaged_by_their_logarithms_and_the_lowest_wins(tmp_path):
+    stream = {"source": ["a.jsonl", "b.jsonl"], "scenario": "domain_incremental"}
+    language = {"objective": "causal_lm", "stream": stream, "model": {"scratch": {**TEXT["scratch"], "family": "gpt2"}}}
+    # By logarithms er has 6.0 and moram 6.2; the plain means are 6.5 and 6.2.
+    table = {"one": {"er": 4.0, "moram": 6.2}, "two": {"er": 9.0, "moram": 6.2}}
+    rows = [row(tmp_path, s, arm, value, **language) for s, arms in table.items() for arm, value in arms.items()]
+    assert [offer["arm"] for offer in auto.extract(rows)] == ["er", "moram"]
+    assert auto.mean([4.0, 9.0]) == pytest.approx(6.0) and auto.mean([0.2, 0.4]) == pytest.approx(0.3)
+    assert auto.mean([6.0, 5.9]) == pytest.approx(math.sqrt(35.4))
+
+
+def test_a_recipe_takes_it_and_what_is_typed_wins(offers, tmp_path, monkeypatch):
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps(sorted(offers, key=lambda offer: offer["arm"] != "er")), encoding="utf-8")
+    monkeypatch.setattr(auto, "EXTRACT", table)
+    recipe = make_recipe(settings(arms={}), ["method=auto", "method.er.per_step=2", "training.learning_rate=7e-3"])
+    assert recipe.label == "auto" and recipe.choice.startswith("auto: er, best")
+    assert recipe.method[1]["er"]["budget"] == 40 and recipe.method[1]["er"]["per_step"] == 2
+    assert recipe.training.learning_rate == 7e-3
+    typed = make_recipe(settings(arms={}, method="auto"), ["protocol.rehearsal=0"])
+    assert [name for item in typed.method for name in item] == ["linear_probe"]  # what is typed counts
+    with pytest.raises(BadInput, match="head: auto brings its own"):
+        make_recipe(settings(arms={}), ["method=auto+ridge"])
+    path = tmp_path / "mine.yaml"
+    path.write_text(yamltext.dump(settings()), encoding="utf-8")
+    compared = load_recipe(path, ["protocol.rehearsal=7"], compared=True).with_arm("auto", seed=3)
+    assert compared.label == "auto" and compared.method[1]["er"]["budget"] == 7
+    assert make_recipe(settings(arms={}), ["method=lora"]).choice is None
+
+
+def test_package_and_page_are_made_from_the_ledger(tmp_path, monkeypatch):
+    made = tmp_path / "_auto.json"
+    kept, page = auto.EXTRACT, LEDGER.parents[1] / "docs" / "auto.md"
+    monkeypatch.setattr(auto, "EXTRACT", made)
+    assert auto.main([str(tmp_path / "auto.md"), str(LEDGER)]) == 0
+    assert made.read_text(encoding="utf-8") == kept.read_text(encoding="utf-8")
+    assert (tmp_path / "auto.md").read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+    assert auto.main([]) == BadInput.exit_code
