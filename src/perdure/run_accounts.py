@@ -57,11 +57,13 @@ class Accounts:
     def table(self) -> list[dict[str, Any]]:
         return class_table(self.classes) if any(self.classes) else []
 
-    def figures(self) -> dict[str, float | None]:
+    def figures(self, higher_is_better: bool) -> dict[str, float | None]:
+        """Perplexities are averaged by their logarithms."""
         found = class_figures(self.table()) if any(self.classes) else {}
         if self.valid:
-            mean = statistics.fmean(self.valid)
-            found["validation_average"] = mean if math.isfinite(mean) else None
+            finite = all(map(math.isfinite, self.valid))
+            mean = statistics.fmean if higher_is_better else statistics.geometric_mean
+            found["validation_average"] = mean(self.valid) if finite else None
         return found
 
     def cost(self) -> dict[str, float]:

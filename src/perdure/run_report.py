@@ -35,7 +35,7 @@ def report_of(run: Run, status: str) -> dict[str, Any]:
         cost=_cost(run),
         status=status,
         plasticity=_plasticity(run),
-        metrics=run.accounts.figures()
+        metrics=run.accounts.figures(learner.objective.higher_is_better)
         | ({} if run.probing is None else run.probing.figures(learner.objective.higher_is_better)),
         curves={"loss": read_losses(run.losses_path), "stored_bytes": run.accounts.stored}
         | ({} if run.probing is None else {"probe": run.probing.curves()}),

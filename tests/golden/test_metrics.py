@@ -229,8 +229,17 @@ def test_perplexity_forms_of_the_matrix():
         "average_accuracy": 70 / 3, "average_incremental_accuracy": (10 + 14 + 70 / 3) / 3, "learning_accuracy": 20.0,
         "forgetting": 6.0, "backward_transfer": -5.0, "backward_transfer_clipped": -10 / 3, "worst_experience": 30.0,
         "forward_transfer": (20 + 20) / 2, "transfer": (40 + 85) / 2, "average": 318 / 9, "last": 70 / 3,
+        "geometric_average": (14 * 26 * 30) ** (1 / 3),
     }  # fmt: skip
     assert figures == pytest.approx(expected)
+
+
+def test_geometric_average():
+    assert m.geometric_average([[4.0, 100.0], [2.0, 8.0]]) == pytest.approx(4.0)
+    assert m.geometric_average([[4.0, N], [2.0, N]]) == 2.0  # the second has no test rows
+    assert m.geometric_average([[4.0, N], [N, 8.0]]) is None and m.geometric_average([[0.0]]) is None
+    assert m.geometric_average([]) is None
+    assert "geometric_average" not in m.summary([[0.7]])
 
 
 def test_direction():

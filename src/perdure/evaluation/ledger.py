@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, CannotWrite, PerdureError
+from .advice import advice
 from .compare import CLAIM_SEEDS
 
 FIELDS = ("recipe", "method", "head", "model", "stream", "seeds", "metrics", "cost", "hardware", "commit")
@@ -21,6 +22,14 @@ FIELDS += ("published", "status", "note")
 OPTIONAL = ("values", "run")
 """Younger than the first rows: each figure by seed, in the order of `seeds`; the recipe and what was typed over it."""
 STATUSES = ("reproduced", "differs", "no published figure", "illustration")
+
+COLUMNS = {
+    "average_accuracy": "average", "geometric_average": "geometric", "forgetting": "forgetting",
+    "learning_accuracy": "learning", "anytime_accuracy": "anytime",
+}  # fmt: skip
+"""Of the page, with their heads."""
+OPTIONAL_COLUMNS = ("geometric_average", "anytime_accuracy")
+"""Stand where an arm has them."""
 
 
 def _is_text(value: Any) -> bool:
@@ -273,12 +282,13 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(members: Sequence[Mapping[str, Any]]) -> list[str]:
-    probed = any((row["metrics"].get("anytime_accuracy") or {}).get("mean") is not None for row in members)
-    names = ["average_accuracy", "forgetting", "learning_accuracy", *(["anytime_accuracy"] if probed else [])]
-    heads = ["average", "forgetting", "learning", *(["anytime"] if probed else [])]
+    columns = dict(COLUMNS)
+    for name in OPTIONAL_COLUMNS:
+        if all((row["metrics"].get(name) or {}).get("mean") is None for row in members):
+            del columns[name]
     lines = [
-        f"| method | head | {' | '.join(heads)} | trainable | MB stored | s | seeds | published | status |",
-        f"|---|---|{'--:|' * len(heads)}--:|--:|--:|--:|---|---|",
+        f"| method | head | {' | '.join(columns.values())} | trainable | MB stored | s | seeds | published | status |",
+        f"|---|---|{'--:|' * len(columns)}--:|--:|--:|--:|---|---|",
     ]
     for row in members:
         metrics, cost, published = row["metrics"], row["cost"], row["published"]
@@ -286,14 +296,15 @@ def _table(members: Sequence[Mapping[str, Any]]) -> list[str]:
         # Accuracies are shares, perplexities start at 1.
         scale, digits = (100.0, 1) if average is None or average <= 1 else (1.0, 2)
         cells = [_escape(row["method"]), _escape(row["head"] or "–")]
-        cells += [_figure(metrics, name, scale, digits) for name in names]
+        cells += [_figure(metrics, name, scale, digits) for name in columns]
         cells += [_figure(cost, "trainable_parameters", 1, 0), _figure(cost, "stored_bytes", 1e-6, 2)]
         cells += [_figure(cost, "seconds", 1, 0), str(len(row["seeds"]))]
         cells += [f"{_escape(published['figure'])} ({_escape(published['source'])})" if published else "–"]
         lines.append("| " + " | ".join([*cells, row["status"]]) + " |")
     notes = [f"- {_escape(r['method'])}: {_escape(r['note'])}" for r in members if r["note"]]
     told = sorted({(r["hardware"], r["commit"]) for r in members})
-    return [*lines, "", *notes, *[f"- Ran on {_escape(h)}, commit {_escape(c)}." for h, c in told], ""]
+    advised = [line for sentence in advice(members) for line in (sentence, "")]
+    return [*lines, "", *advised, *notes, *[f"- Ran on {_escape(h)}, commit {_escape(c)}." for h, c in told], ""]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

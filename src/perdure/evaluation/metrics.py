@@ -123,6 +123,17 @@ def average_accuracy(R: Matrix) -> float | None:
     return averages[-1] if averages else None
 
 
+def geometric_average(R: Matrix) -> float | None:
+    """(Π_j R[T-1][j])^(1/T), of perplexities: each experience counts by its ratio, so that the worst does not drown the
+    others. None where a score of the last row is missing or not above 0.
+    """
+    rows = check_matrix(R)
+    values = [rows[-1][j] for j in _scored(rows)]
+    if not values or any(value is None or value <= 0 for value in values):
+        return None
+    return math.exp(sum(math.log(value) for value in values if value) / len(values))
+
+
 def average_incremental_accuracy(R: Matrix) -> float | None:
     """Ā = (1/T) Σ_i A_i, A_i = mean over j <= i of R[i][j] (Rebuffi et al. 2017, iCaRL).
 
@@ -243,7 +254,8 @@ def summary(
 ) -> dict[str, float | None]:
     """The `metrics` of a run's report: finite floats, or None where R does not hold the cells a figure needs."""
     rows = check_matrix(R)
-    return {
+    own = {} if higher_is_better else {"geometric_average": geometric_average(rows)}
+    return own | {
         "average_accuracy": average_accuracy(rows),
         "average_incremental_accuracy": average_incremental_accuracy(rows),
         "forgetting": forgetting(rows, higher_is_better),

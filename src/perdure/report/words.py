@@ -10,7 +10,7 @@ from ..evaluation.metrics import direction, is_cost
 DASH = "–"
 MOST_LISTED = 24
 MOST_CHARS = 400
-SOME = frozenset({"intransigence", "anytime_accuracy"})
+SOME = frozenset({"geometric_average", "intransigence", "anytime_accuracy"})
 """Scores whose columns stand only where an arm has them; so do all columns of cost."""
 DIFFERENCES = frozenset(
     {"forgetting", "backward_transfer", "backward_transfer_clipped", "forward_transfer", "intransigence"}
@@ -19,6 +19,7 @@ DIFFERENCES = frozenset(
 # The columns of a comparison: (block, figure).
 COLUMNS = (
     ("metrics", "average_accuracy"),
+    ("metrics", "geometric_average"),
     ("metrics", "forgetting"),
     ("metrics", "learning_accuracy"),
     ("metrics", "intransigence"),
@@ -31,6 +32,7 @@ COMPARED = ("average_accuracy", "forgetting", "learning_accuracy")
 """Figures whose differences to the reference are shown; the comparison's JSON and CSV hold all."""
 _LABELS = {
     "average_accuracy": "Average {m}",
+    "geometric_average": "Geometric average {m}",
     "average_incremental_accuracy": "Average incremental {m}",
     "forgetting": "Forgetting",
     "backward_transfer": "Backward transfer",
