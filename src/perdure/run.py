@@ -403,8 +403,7 @@ class Run:
 
     def _keep(self, experience: Experience, probe: Probe, counts: dict[str, list[int]]) -> None:
         learner, accounts = self.learner, self.accounts
-        accounts.classes.append(counts)
-        accounts.stored.append(learner.stored_bytes())
+        accounts.boundary(learner, counts)
         if experience.index == self.length - 1:
             accounts.work |= inference(learner, experience)
         accounts.look(learner)

@@ -24,6 +24,7 @@ class Accounts:
     Attributes:
         classes: after each experience, class -> [right, rows] over the test rows of the experiences learnt so far.
         stored: `Learner.stored_bytes` after each experience.
+        plasticity: figures of the methods after each experience, such as the share of directions that they protect.
         work: what `metering` has counted, in the last experience.
         device_peak: most bytes that torch had allocated on the accelerator during the run; 0 on a CPU.
         valid: scores on the validation rows of all experiences once the last was learnt; empty where there are none.
@@ -31,6 +32,7 @@ class Accounts:
 
     classes: list[dict[str, list[int]]] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
+    plasticity: list[dict[str, float]] = field(default_factory=list)
     work: dict[str, float] = field(default_factory=dict)
     device_peak: int = 0
     valid: list[float] = field(default_factory=list)
@@ -38,6 +40,15 @@ class Accounts:
     def begin(self, learner: Learner) -> None:
         if learner.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(learner.device)
+
+    def boundary(self, learner: Learner, counts: dict[str, list[int]]) -> None:
+        """After an experience was learnt and scored."""
+        self.classes.append(counts)
+        self.stored.append(learner.stored_bytes())
+        found: dict[str, float] = {}
+        for method in learner.methods:
+            found |= method.plasticity()
+        self.plasticity.append(found)
 
     def look(self, learner: Learner) -> None:
         """Takes over what the learner has counted since."""
@@ -65,6 +76,12 @@ class Accounts:
             mean = statistics.fmean if higher_is_better else statistics.geometric_mean
             found["validation_average"] = mean(self.valid) if finite else None
         return found
+
+    def curves(self) -> dict[str, Any]:
+        """`stored_bytes`, and `plasticity`: name -> value after each experience, null where there was none."""
+        names = {name: None for found in self.plasticity for name in found}
+        plasticity = {name: [found.get(name) for found in self.plasticity] for name in names}
+        return {"stored_bytes": self.stored, **({"plasticity": plasticity} if plasticity else {})}
 
     def cost(self) -> dict[str, float]:
         found = dict(self.work)

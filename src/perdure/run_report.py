@@ -37,7 +37,7 @@ def report_of(run: Run, status: str) -> dict[str, Any]:
         plasticity=_plasticity(run),
         metrics=run.accounts.figures(learner.objective.higher_is_better)
         | ({} if run.probing is None else run.probing.figures(learner.objective.higher_is_better)),
-        curves={"loss": read_losses(run.losses_path), "stored_bytes": run.accounts.stored}
+        curves={"loss": read_losses(run.losses_path), **run.accounts.curves()}
         | ({} if run.probing is None else {"probe": run.probing.curves()}),
         per_class=run.accounts.table(),
         router=run.router,
@@ -96,9 +96,7 @@ def _plasticity(run: Run) -> dict[str, float]:
     if run.router_history:
         last = run.router_history[-1]
         found |= {name: last[name] for name in ("output_ratio", "off_rate", "new_share") if name in last}
-    for method in run.learner.methods:
-        found |= method.plasticity()
-    return found
+    return found | (run.accounts.plasticity[-1] if run.accounts.plasticity else {})
 
 
 def _cost(run: Run) -> dict[str, float]:

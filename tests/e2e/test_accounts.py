@@ -73,6 +73,17 @@ def test_bytes_and_classes_at_every_boundary(tmp_path):
         assert said in page, said
 
 
+@pytest.mark.parametrize(
+    ("arm", "name"), [("moram-protected+ridge", "protected_directions"), ("inflora", "free_directions")]
+)
+def test_directions_left_are_kept_after_every_experience(arm, name, tmp_path):
+    report = finished(tmp_path, arm)
+    kept = report["curves"]["plasticity"][name]
+    assert len(kept) == 3 and all(0 < value < 1 for value in kept) and report["plasticity"][name] == kept[-1]
+    assert "Directions for what is new" in render_run(report)
+    assert "Directions for what is new" not in render_run({**report, "curves": {}})
+
+
 @pytest.mark.parametrize("arm", ["moram+er", "moram-lm"])
 def test_validation_rows_are_scored_once_at_the_end(arm, tmp_path):
     plain = finished(tmp_path / "without", arm)

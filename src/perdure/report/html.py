@@ -81,6 +81,7 @@ def render_run(report: Report, path: str | Path | None = None) -> str:
         curve=plots.curve_plot(report),
         forgetting=plots.forgetting_plot(report),
         stored=plots.stored_plot(report),
+        directions=plots.directions_plot(report),
         lost_classes=_lost_classes(report),
         loss=plots.loss_plot(report),
         probe=plots.probe_plot(report),

@@ -171,6 +171,22 @@ def stored_plot(report: Report) -> str:
     return svg.lines([line], experience_axis(len(report["matrix"])), y, "bytes stored over experiences")
 
 
+def directions_plot(report: Report) -> str:
+    """Share of the input directions that are protected or left free, after each experience."""
+    found = report["curves"].get("plasticity") or {}
+    words_of = {"protected_directions": "protected", "free_directions": "left free"}
+    series = []
+    for name in (name for name in words_of if name in found):
+        first = len(report["matrix"]) - len(found[name]) + 1
+        points = [(float(first + n), float(v)) for n, v in enumerate(found[name]) if v is not None]
+        if len(points) > 1:
+            series.append(svg.Series(words_of[name], points, marks=len(points) <= 25))
+    if not series:
+        return ""
+    y = svg.Axis(0.0, 1.0, "share of input directions", lambda v: f"{v:g}")
+    return svg.lines(series, experience_axis(len(report["matrix"])), y, "directions of inputs over experiences")
+
+
 def loss_plot(report: Report, most: int = 240) -> str:
     """Training loss over steps, averaged in bins; hairlines where an experience begins."""
     points = [(float(s), int(e), float(v)) for s, e, v in report["curves"].get("loss", ())]
