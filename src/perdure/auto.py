@@ -29,6 +29,7 @@ NAME = "auto"
 EXTRACT = Path(__file__).with_name("_auto.json")
 FIGURE = "validation_average"
 IMAGE_FAMILIES = ("vit", "clip")
+OF_ONE_MODEL = ("weights", "parameters", "pretrain")
 SEED_METHODS = ("moram", "rwf", "seta", "apn")
 HEAD = """# `method: auto`
 
@@ -68,7 +69,7 @@ def choose(data: Mapping[str, Any], offers: Sequence[Mapping[str, Any]] | None =
     """
     offers = json.loads(EXTRACT.read_text(encoding="utf-8")) if offers is None else offers
     kind, scenario = _kind(data), _scenario(data)
-    fitting = [offer for offer in offers if offer["kind"] == kind]
+    fitting = [offer for offer in offers if offer["kind"] == kind and offer["any_model"]]
     if not fitting:
         known = ", ".join(sorted({offer["kind"] for offer in offers})) or "none"
         raise BadInput(
@@ -172,6 +173,7 @@ def extract(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             {
                 "kind": kind, "scenario": scenario, "arm": arm, "settings": found[kind, scenario, arm],
                 "stores_rows": _stores(found[kind, scenario, arm]["method"]),
+                "any_model": _fits_any_model(found[kind, scenario, arm]["method"]),
                 "validation": {stream: arms[arm]["metrics"][FIGURE]["mean"] for stream, arms in streams.items()},
                 "test": {stream: arms[arm]["metrics"]["average_accuracy"]["mean"] for stream, arms in streams.items()},
             }
@@ -197,6 +199,12 @@ def _is_bound(method: Any) -> bool:
     return bool({"all_data", "task_id_at_test"} & _needs(method))
 
 
+def _fits_any_model(method: Any) -> bool:
+    """No setting names weights, parameters or a pretraining that only the model has on which it was measured."""
+    configs = [config for _, config in METHODS.parse(method, "method")]
+    return all(getattr(config, field, None) is None for config in configs for field in OF_ONE_MODEL)
+
+
 def _stores(method: Any) -> bool:
     return "rehearsal" in _needs(method)
 
@@ -212,16 +220,21 @@ def page(offers: Sequence[Mapping[str, Any]]) -> str:
         lines += ["|---" * (2 * len(streams) + 2) + "|"]
         for offer in group:
             cells = [f"{_shown(offer['validation'][s])} | {_shown(offer['test'][s])}" for s in streams]
-            lines.append(f"| {offer['arm']} | {' | '.join(cells)} | {'yes' if offer['stores_rows'] else 'no'} |")
+            name = offer["arm"] if offer["any_model"] else f"{offer['arm']} (made for the measured model, not offered)"
+            lines.append(f"| {name} | {' | '.join(cells)} | {'yes' if offer['stores_rows'] else 'no'} |")
         lines += ["", *_verdict(group), ""]
     return "\n".join(lines)
 
 
 def _verdict(group: Sequence[Mapping[str, Any]]) -> list[str]:
     """Test figures of the choice without stored rows against arms of the seed papers' methods."""
+    offered = [offer for offer in group if offer["any_model"]]
     free = [offer for offer in group if not offer["stores_rows"]]
     told = []
-    for word, offers in (("without stored rows", free), ("with stored rows granted", group)):
+    for word, offers in (
+        ("without stored rows", [offer for offer in offered if not offer["stores_rows"]]),
+        ("with stored rows granted", offered),
+    ):
         if offers:
             told.append(f"- {word}: `auto` takes **{offers[0]['arm']}**, test {_tested(offers[0])}")
     seeds = [offer for offer in free if _methods(offer) & set(SEED_METHODS)]

@@ -94,6 +94,15 @@ def test_kinds_are_kept_apart_and_another_scenario_is_said(tmp_path):
         auto.choose(settings(objective="instruction"), offers)
 
 
+def test_what_belongs_to_one_model_is_shown_and_not_offered(tmp_path):
+    arms = {**ARMS, "ffn": {"method": {"finetune": {"parameters": "mlp"}}}}
+    offers = auto.extract([row(tmp_path, "one", "ffn", 0.9, arms=arms), row(tmp_path, "one", "moram", 0.8, arms=arms)])
+    assert [offer["any_model"] for offer in offers] == [False, True]
+    assert auto.choose(settings(), offers).settings["method"] == {"moram": {"rank": 2}}
+    assert "| ffn (made for the measured model, not offered) |" in auto.page(offers)
+    assert "without stored rows: `auto` takes **moram**" in auto.page(offers)
+
+
 def test_perplexities_are_averaged_by_their_logarithms_and_the_lowest_wins(tmp_path):
     stream = {"source": ["a.jsonl", "b.jsonl"], "scenario": "domain_incremental"}
     language = {"objective": "causal_lm", "stream": stream, "model": {"scratch": {**TEXT["scratch"], "family": "gpt2"}}}
