@@ -223,7 +223,30 @@ def page(offers: Sequence[Mapping[str, Any]]) -> str:
             name = offer["arm"] if offer["any_model"] else f"{offer['arm']} (made for the measured model, not offered)"
             lines.append(f"| {name} | {' | '.join(cells)} | {'yes' if offer['stores_rows'] else 'no'} |")
         lines += ["", *_verdict(group), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_overall(offers)])
+
+
+def _overall(offers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`auto` without stored rows against each arm of the seed papers' methods, over all streams that have both."""
+    pairs: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+    for kind, scenario in dict.fromkeys((offer["kind"], offer["scenario"]) for offer in offers):
+        group = [offer for offer in offers if (offer["kind"], offer["scenario"]) == (kind, scenario)]
+        group = [offer for offer in group if not offer["stores_rows"]]
+        taken = next((offer for offer in group if offer["any_model"]), None)
+        share = OBJECTIVES.get(kind.split()[0]).higher_is_better
+        for offer in group:
+            if taken is not None and _methods(offer) & set(SEED_METHODS):
+                both = [(taken["test"][stream], offer["test"][stream]) for stream in offer["test"]]
+                pairs.setdefault((offer["arm"], share), []).extend(both)
+    if not pairs:
+        return []
+    lines = ["## Against the seed papers' methods, over all streams", ""]
+    lines += ["Test figures, no stored rows, means over the streams that both were measured on.", ""]
+    lines += ["| arm | streams | auto | the arm |", "|---|---|---|---|"]
+    for (arm, _), both in pairs.items():
+        mine, its = (_shown(mean(one[place] for one in both)) for place in (0, 1))
+        lines.append(f"| {arm} | {len(both)} | {mine} | {its} |")
+    return [*lines, ""]
 
 
 def _verdict(group: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -94,6 +94,16 @@ def test_kinds_are_kept_apart_and_another_scenario_is_said(tmp_path):
         auto.choose(settings(objective="instruction"), offers)
 
 
+def test_the_page_sets_the_choice_against_the_seed_papers_arms(tmp_path):
+    table = {"one": {"probe": (0.9, 0.6), "moram": (0.8, 0.7)}, "two": {"probe": (0.7, 0.9), "moram": (0.6, 0.5)}}
+    rows = [row(tmp_path, s, arm, *figures) for s, arms in table.items() for arm, figures in arms.items()]
+    page = auto.page(auto.extract(rows))
+    assert "| moram | 2 | 75.0 % | 60.0 % |" in page  # of auto (0.6 + 0.9) / 2
+    assert "- without stored rows: `auto` takes **probe**, test 75.0 %" in page
+    assert "- methods of the seed papers, test: moram 60.0 %" in page
+    assert "over all streams" not in auto.page(auto.extract([row(tmp_path, "one", "probe", 0.5)]))
+
+
 def test_what_belongs_to_one_model_is_shown_and_not_offered(tmp_path):
     arms = {**ARMS, "ffn": {"method": {"finetune": {"parameters": "mlp"}}}}
     offers = auto.extract([row(tmp_path, "one", "ffn", 0.9, arms=arms), row(tmp_path, "one", "moram", 0.8, arms=arms)])
