@@ -175,12 +175,17 @@ def extract(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "stores_rows": _stores(found[kind, scenario, arm]["method"]),
                 "any_model": _fits_any_model(found[kind, scenario, arm]["method"]),
                 "validation": {stream: arms[arm]["metrics"][FIGURE]["mean"] for stream, arms in streams.items()},
-                "test": {stream: arms[arm]["metrics"]["average_accuracy"]["mean"] for stream, arms in streams.items()},
+                "test": {stream: _tested_mean(arms[arm]["metrics"]) for stream, arms in streams.items()},
             }
             for arm in everywhere
         ]  # fmt: skip
         offers += sorted(group, key=lambda offer: (sign * mean(offer["validation"].values()), offer["arm"]))
     return offers
+
+
+def _tested_mean(metrics: Mapping[str, Any]) -> float:
+    """As `validation_average`: of perplexities the geometric mean over experiences."""
+    return metrics[next(name for name in ("geometric_average", "average_accuracy") if name in metrics)]["mean"]
 
 
 def mean(values: Iterable[float]) -> float:
@@ -201,8 +206,11 @@ def _is_bound(method: Any) -> bool:
 
 def _fits_any_model(method: Any) -> bool:
     """No setting names weights, parameters or a pretraining that only the model has on which it was measured."""
-    configs = [config for _, config in METHODS.parse(method, "method")]
-    return all(getattr(config, field, None) is None for config in configs for field in OF_ONE_MODEL)
+    for _, config in METHODS.parse(method, "method"):
+        fields = type(config).model_fields
+        if any(getattr(config, name) != fields[name].default for name in OF_ONE_MODEL if name in fields):
+            return False
+    return True
 
 
 def _stores(method: Any) -> bool:
