@@ -69,7 +69,7 @@ def choose(data: Mapping[str, Any], offers: Sequence[Mapping[str, Any]] | None =
     """
     offers = json.loads(EXTRACT.read_text(encoding="utf-8")) if offers is None else offers
     kind, scenario = _kind(data), _scenario(data)
-    fitting = [offer for offer in offers if offer["kind"] == kind and offer["any_model"]]
+    fitting = [offer for offer in offers if offer["kind"] == kind and not offer["withheld"]]
     if not fitting:
         known = ", ".join(sorted({offer["kind"] for offer in offers})) or "none"
         raise BadInput(
@@ -173,7 +173,7 @@ def extract(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             {
                 "kind": kind, "scenario": scenario, "arm": arm, "settings": found[kind, scenario, arm],
                 "stores_rows": _stores(found[kind, scenario, arm]["method"]),
-                "any_model": _fits_any_model(found[kind, scenario, arm]["method"]),
+                "withheld": _withheld(found[kind, scenario, arm]["method"]),
                 "validation": {stream: arms[arm]["metrics"][FIGURE]["mean"] for stream, arms in streams.items()},
                 "test": {stream: _tested_mean(arms[arm]["metrics"]) for stream, arms in streams.items()},
             }
@@ -204,13 +204,15 @@ def _is_bound(method: Any) -> bool:
     return bool({"all_data", "task_id_at_test"} & _needs(method))
 
 
-def _fits_any_model(method: Any) -> bool:
-    """No setting names weights, parameters or a pretraining that only the model has on which it was measured."""
-    for _, config in METHODS.parse(method, "method"):
+def _withheld(method: Any) -> str:
+    """Why an arm is measured and not offered; empty where it is offered."""
+    for name, config in METHODS.parse(method, "method"):
+        if METHODS.get(name).status == "control":
+            return "a control"
         fields = type(config).model_fields
-        if any(getattr(config, name) != fields[name].default for name in OF_ONE_MODEL if name in fields):
-            return False
-    return True
+        if any(getattr(config, field) != fields[field].default for field in OF_ONE_MODEL if field in fields):
+            return "made for the measured model"  # names weights, parameters or a pretraining that only this one has
+    return ""
 
 
 def _stores(method: Any) -> bool:
@@ -228,7 +230,7 @@ def page(offers: Sequence[Mapping[str, Any]]) -> str:
         lines += ["|---" * (2 * len(streams) + 2) + "|"]
         for offer in group:
             cells = [f"{_shown(offer['validation'][s])} | {_shown(offer['test'][s])}" for s in streams]
-            name = offer["arm"] if offer["any_model"] else f"{offer['arm']} (made for the measured model, not offered)"
+            name = offer["arm"] + (f" ({offer['withheld']}, not offered)" if offer["withheld"] else "")
             lines.append(f"| {name} | {' | '.join(cells)} | {'yes' if offer['stores_rows'] else 'no'} |")
         lines += ["", *_verdict(group), ""]
     return "\n".join([*lines, *_overall(offers)])
@@ -240,7 +242,7 @@ def _overall(offers: Sequence[Mapping[str, Any]]) -> list[str]:
     for kind, scenario in dict.fromkeys((offer["kind"], offer["scenario"]) for offer in offers):
         group = [offer for offer in offers if (offer["kind"], offer["scenario"]) == (kind, scenario)]
         group = [offer for offer in group if not offer["stores_rows"]]
-        taken = next((offer for offer in group if offer["any_model"]), None)
+        taken = next((offer for offer in group if not offer["withheld"]), None)
         share = OBJECTIVES.get(kind.split()[0]).higher_is_better
         for offer in group:
             if taken is not None and _methods(offer) & set(SEED_METHODS):
@@ -259,7 +261,7 @@ def _overall(offers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _verdict(group: Sequence[Mapping[str, Any]]) -> list[str]:
     """Test figures of the choice without stored rows against arms of the seed papers' methods."""
-    offered = [offer for offer in group if offer["any_model"]]
+    offered = [offer for offer in group if not offer["withheld"]]
     free = [offer for offer in group if not offer["stores_rows"]]
     told = []
     for word, offers in (

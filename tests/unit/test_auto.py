@@ -104,11 +104,12 @@ def test_the_page_sets_the_choice_against_the_seed_papers_arms(tmp_path):
     assert "over all streams" not in auto.page(auto.extract([row(tmp_path, "one", "probe", 0.5)]))
 
 
-def test_what_belongs_to_one_model_is_shown_and_not_offered(tmp_path):
+def test_controls_and_what_belongs_to_one_model_are_shown_and_not_offered(tmp_path):
     arms = {**ARMS, "ffn": {"method": {"finetune": {"parameters": "mlp"}}}, "all": {"method": "finetune"}}
-    figures = {"ffn": 0.9, "moram": 0.8, "all": 0.7}
+    arms["chance"] = {"method": {"random_prune": {"rank": 4, "kept_rank": 2.0}}}
+    figures = {"ffn": 0.9, "chance": 0.85, "moram": 0.8, "all": 0.7}
     offers = auto.extract([row(tmp_path, "one", arm, value, arms=arms) for arm, value in figures.items()])
-    assert [offer["any_model"] for offer in offers] == [False, True, True]
+    assert [offer["withheld"] for offer in offers] == ["made for the measured model", "a control", "", ""]
     assert auto.choose(settings(), offers).settings["method"] == {"moram": {"rank": 2}}
     assert "| ffn (made for the measured model, not offered) |" in auto.page(offers)
     assert "without stored rows: `auto` takes **moram**" in auto.page(offers)
