@@ -464,7 +464,8 @@ def annotated_yaml(recipe: Recipe) -> str:
     rows: list[tuple[str, str]] = []
     _emit(recipe, recipe.model_dump(mode="json", exclude={"arms"}), "", 0, rows)
     width = min(max(len(text) for text, _ in rows), 60)
-    return "".join(f"{text:<{width}}  # {source}\n" if source else f"{text}\n" for text, source in rows)
+    said = f"# {recipe.choice}\n" if recipe.choice else ""
+    return said + "".join(f"{text:<{width}}  # {source}\n" if source else f"{text}\n" for text, source in rows)
 
 
 def _emit(recipe: Recipe, value: dict[str, Any], prefix: str, depth: int, rows: list[tuple[str, str]]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from perdure import auto, yamltext
 from perdure.errors import BadInput, ProtocolRefused
-from perdure.recipe import load_recipe, make_recipe
+from perdure.recipe import annotated_yaml, load_recipe, make_recipe
 
 LEDGER = Path(__file__).parents[2] / "results" / "ledger.jsonl"
 TEXT = {"scratch": {"family": "bert", "layers": 1, "width": 16, "heads": 2}}
@@ -134,6 +134,7 @@ def test_a_recipe_takes_it_and_what_is_typed_wins(offers, tmp_path, monkeypatch)
     assert recipe.label == "auto" and recipe.choice.startswith("auto: er, best")
     assert recipe.method[1]["er"]["budget"] == 40 and recipe.method[1]["er"]["per_step"] == 2
     assert recipe.training.learning_rate == 7e-3
+    assert annotated_yaml(recipe).startswith("# auto: er, best on validation rows")
     typed = make_recipe(settings(arms={}, method="auto"), ["protocol.rehearsal=0"])
     assert [name for item in typed.method for name in item] == ["linear_probe"]  # what is typed counts
     with pytest.raises(BadInput, match="head: auto brings its own"):
