@@ -80,7 +80,9 @@ def test_directions_left_are_kept_after_every_experience(arm, name, tmp_path):
     report = finished(tmp_path, arm)
     kept = report["curves"]["plasticity"][name]
     assert len(kept) == 3 and all(0 < value < 1 for value in kept) and report["plasticity"][name] == kept[-1]
-    assert "Directions for what is new" in render_run(report)
+    page = render_run(report)
+    assert "Directions for what is new" in page
+    assert f"share of input directions {'protected' if name.startswith('protected') else 'left free'}" in page
     assert "Directions for what is new" not in render_run({**report, "curves": {}})
 
 

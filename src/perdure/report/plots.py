@@ -183,7 +183,8 @@ def directions_plot(report: Report) -> str:
             series.append(svg.Series(words_of[name], points, marks=len(points) <= 25))
     if not series:
         return ""
-    y = svg.Axis(0.0, 1.0, "share of input directions", lambda v: f"{v:g}")
+    what = f" {series[0].name}" if len(series) == 1 else ""  # one series has no legend
+    y = svg.Axis(0.0, 1.0, f"share of input directions{what}", lambda v: f"{v:g}")
     return svg.lines(series, experience_axis(len(report["matrix"])), y, "directions of inputs over experiences")
 
 
