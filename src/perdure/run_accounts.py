@@ -61,8 +61,9 @@ class Accounts:
         self.valid = []
         for index in range(stream.length or 0):
             between()
-            (score,) = learner.evaluate([stream.experience(index)], split="valid").values()
-            self.valid += [] if score is None else [score]
+            experience = stream.experience(index)
+            if len(experience.valid):
+                self.valid += [s for s in learner.evaluate([experience], split="valid").values() if s is not None]
 
     # ---- for the report
     def table(self) -> list[dict[str, Any]]:
