@@ -67,7 +67,8 @@ def choose(data: Mapping[str, Any], offers: Sequence[Mapping[str, Any]] | None =
         BadInput: nothing was measured on streams of this kind; names what to write instead.
         PerdureError: the protocol grants none of what was measured; names the first refusal.
     """
-    offers = json.loads(EXTRACT.read_text(encoding="utf-8")) if offers is None else offers
+    if offers is None:
+        offers = list(json.loads(EXTRACT.read_text(encoding="utf-8")))
     kind, scenario = _kind(data), _scenario(data)
     fitting = [offer for offer in offers if offer["kind"] == kind and not offer["withheld"]]
     if not fitting:
@@ -153,7 +154,7 @@ def extract(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     from .recipe import load_recipe
 
     groups: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in latest(rows):
         figure = row["metrics"].get(FIGURE)
         if not figure or figure["mean"] is None or not row.get("run"):
