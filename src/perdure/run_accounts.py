@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from .streams import Stream
 
 
+def plasticity_of(learner: Learner) -> dict[str, float]:
+    """The figures of all methods."""
+    return {name: value for method in learner.methods for name, value in method.plasticity().items()}
+
+
 @dataclass
 class Accounts:
     """Kept with the run's state.
@@ -45,10 +50,7 @@ class Accounts:
         """After an experience was learnt and scored."""
         self.classes.append(counts)
         self.stored.append(learner.stored_bytes())
-        found: dict[str, float] = {}
-        for method in learner.methods:
-            found |= method.plasticity()
-        self.plasticity.append(found)
+        self.plasticity.append(plasticity_of(learner))
 
     def look(self, learner: Learner) -> None:
         """Takes over what the learner has counted since."""

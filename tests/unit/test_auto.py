@@ -26,7 +26,7 @@ ARMS = {
 
 def settings(**changes):
     made = {
-        "name": "mine", "model": TEXT, 
+        "name": "mine", "model": TEXT,
         "stream": {"source": "rows.jsonl", "scenario": "class_incremental", "experiences": 2},
         "objective": "classification", "protocol": {"rehearsal": 40, "task_id": "test"}, "arms": ARMS,
     }  # fmt: skip

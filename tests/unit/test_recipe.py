@@ -369,8 +369,8 @@ def test_files_that_are_no_recipe(tmp_path):
 
 def test_names_are_found_with_and_without_their_area():
     assert load_recipe("clinc150") == load_recipe("text/clinc150")
-    assert "did you mean clinc150 or clinc150-" in refused(Path("clinc15"))
-    assert "did you mean text/clinc150 or text/clinc150-" in refused(Path("text/clinc15"))
+    assert "did you mean clinc150 or clinc150-long?" in refused(Path("clinc15"))
+    assert "did you mean text/clinc150 or text/clinc150-long?" in refused(Path("text/clinc15"))
 
 
 def test_a_near_source_is_suggested_once():

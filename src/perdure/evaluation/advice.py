@@ -51,10 +51,11 @@ class Table:
     def sentence(self, rows: Sequence[Row], best: Row, what: str) -> str:
         level = [row for row in rows if row is best or self._level(row, best)]
         taken = min(level, key=lambda row: row["cost"]["seconds"]["mean"])
-        others = [f"{_name(row)} {self._shown(row)}" for row in level if row is not taken]
+        others = [f"{escaped(row['method'])} {self._shown(row)}" for row in level if row is not taken]
         measure = "geometric mean of perplexities " if self.figure == GEOMETRIC else "mean perplexity "
         unit, cost = (" %", taken["cost"]) if self.higher else ("", taken["cost"])
-        text = f"Take{what} **{_name(taken)}**: {'' if self.higher else measure}{self._shown(taken)}{unit}, "
+        text = f"Take{what} **{escaped(taken['method'])}**: {'' if self.higher else measure}"
+        text += f"{self._shown(taken)}{unit}, "
         text += f"{cost['seconds']['mean']:,.0f} s of training, {cost['stored_bytes']['mean'] / 1e6:,.2f} MB stored."
         if others:
             text += f" It is the quickest of those that the seeds do not tell apart; the others: {', '.join(others)}."
@@ -95,5 +96,6 @@ def _stores(row: Row) -> bool:
     return bool(counted["mean"]) if counted else "stored" in row["note"]
 
 
-def _name(row: Row) -> str:
-    return row["method"].replace("|", "\\|").replace("<", "&lt;")
+def escaped(text: Any) -> str:
+    """Text inside a page of Markdown, table cells included."""
+    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, CannotWrite, PerdureError
-from .advice import advice
+from .advice import advice, escaped
 from .compare import CLAIM_SEEDS
 
 FIELDS = ("recipe", "method", "head", "model", "stream", "seeds", "metrics", "cost", "hardware", "commit")
@@ -245,10 +245,6 @@ def latest(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 # ---- docs/results.md
-def _escape(text: Any) -> str:
-    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-
-
 def _figure(block: Mapping[str, Any], name: str, scale: float = 1.0, digits: int = 1) -> str:
     figure = block.get(name)
     if not figure or figure["mean"] is None:
@@ -274,7 +270,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in latest(rows):
         groups.setdefault((row["recipe"], row["model"], row["stream"]), []).append(row)
     for (recipe, model, stream), members in groups.items():
-        lines += [f"## {_escape(recipe)}", "", f"Stream {_escape(stream)} · model {_escape(model)}", ""]
+        lines += [f"## {escaped(recipe)}", "", f"Stream {escaped(stream)} · model {escaped(model)}", ""]
         lines += _table(members)
     if not groups:
         lines += ["No result has been recorded yet.", ""]
@@ -295,16 +291,16 @@ def _table(members: Sequence[Mapping[str, Any]]) -> list[str]:
         average = (metrics.get("average_accuracy") or {}).get("mean")
         # Accuracies are shares, perplexities start at 1.
         scale, digits = (100.0, 1) if average is None or average <= 1 else (1.0, 2)
-        cells = [_escape(row["method"]), _escape(row["head"] or "–")]
+        cells = [escaped(row["method"]), escaped(row["head"] or "–")]
         cells += [_figure(metrics, name, scale, digits) for name in columns]
         cells += [_figure(cost, "trainable_parameters", 1, 0), _figure(cost, "stored_bytes", 1e-6, 2)]
         cells += [_figure(cost, "seconds", 1, 0), str(len(row["seeds"]))]
-        cells += [f"{_escape(published['figure'])} ({_escape(published['source'])})" if published else "–"]
+        cells += [f"{escaped(published['figure'])} ({escaped(published['source'])})" if published else "–"]
         lines.append("| " + " | ".join([*cells, row["status"]]) + " |")
-    notes = [f"- {_escape(r['method'])}: {_escape(r['note'])}" for r in members if r["note"]]
+    notes = [f"- {escaped(r['method'])}: {escaped(r['note'])}" for r in members if r["note"]]
     told = sorted({(r["hardware"], r["commit"]) for r in members})
     advised = [line for sentence in advice(members) for line in (sentence, "")]
-    return [*lines, "", *advised, *notes, *[f"- Ran on {_escape(h)}, commit {_escape(c)}." for h, c in told], ""]
+    return [*lines, "", *advised, *notes, *[f"- Ran on {escaped(h)}, commit {escaped(c)}." for h, c in told], ""]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..run_accounts import plasticity_of
 from ..run_report import counted, method_facts
 from ..state.environment import environment
 from .loop import TrainerLoop, TrainerRows
@@ -49,9 +50,6 @@ class Record:
         from ..report.build import build_report
 
         trainer, settings = loop.trainer, loop.settings()
-        plasticity: dict[str, float] = {}
-        for method in loop.methods:
-            plasticity |= method.plasticity()
         return build_report(
             name=name,
             method="+".join(method.name for method in loop.methods),
@@ -77,7 +75,7 @@ class Record:
                 "stored_bytes": loop.stored_bytes(),
             },
             status="complete" if complete else "running",
-            plasticity=plasticity,
+            plasticity=plasticity_of(loop),
             curves={"loss": self.losses},
             environment=environment(loop.device),
         )  # fmt: skip
