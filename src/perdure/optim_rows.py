@@ -11,6 +11,8 @@ late would step up to (1 - β1) / sqrt(1 - β2) times too far (3.2 for .9 and .9
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +49,19 @@ def _along(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(-1, *[1] * (like.ndim - 1))
 
 
+@contextmanager
+def _rows(used: Tensor, gradient: Tensor, *changed: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows in use, to be changed in place all but the gradient's; the others are neither read nor written."""
+    rows = used.nonzero().flatten()
+    if len(rows) == len(used):
+        yield gradient, *changed
+        return
+    parts = tuple(tensor[rows] for tensor in changed)
+    yield gradient[rows], *parts
+    for tensor, part in zip(changed, parts, strict=True):
+        tensor[rows] = part
+
+
 class RowAdamW(_ByRows, torch.optim.AdamW):
     """AdamW; in groups marked `rows` every row is an AdamW of its own that sees only the steps in which it is used."""
 
@@ -55,23 +70,19 @@ class RowAdamW(_ByRows, torch.optim.AdamW):
         if not state:
             state["visits"] = parameter.new_zeros(parameter.shape[0], dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        state["visits"] += used
-        at = _along(used, parameter)
-        # `where` and not a product with the mask: that would turn a negative zero into a positive one.
-        mean = torch.where(at, state["exp_avg"].lerp(gradient, 1 - beta1), state["exp_avg"])
-        square = state["exp_avg_sq"] * beta2 + gradient.square() * (1 - beta2)
-        square = torch.where(at, square, state["exp_avg_sq"])
-        count = _along(state["visits"].clamp(min=1).to(parameter.dtype), parameter)
-        root = (square / (1 - beta2**count)).sqrt() + group["eps"]
-        moved = parameter * (1 - rate * group["weight_decay"]) - rate * (mean / (1 - beta1**count)) / root
-        parameter.copy_(torch.where(at, moved, parameter))
-        state["exp_avg"].copy_(mean)
-        state["exp_avg_sq"].copy_(square)
+        with _rows(used, gradient, parameter, state["exp_avg"], state["exp_avg_sq"], state["visits"]) as parts:
+            g, p, mean, square, visits = parts
+            visits += 1
+            mean.lerp_(g, 1 - beta1)
+            square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            count = _along(visits.to(p.dtype), p)
+            root = (square / (1 - beta2**count)).sqrt_().add_(group["eps"])
+            p.mul_(1 - rate * group["weight_decay"]).sub_((mean / (1 - beta1**count)).div_(root), alpha=rate)
 
 
 class RowSGD(_ByRows, torch.optim.SGD):
     """Plain SGD; in groups marked `rows` a row that is not used is not decayed either."""
 
     def _step_rows(self, parameter: Tensor, gradient: Tensor, used: Tensor, group: dict[str, Any]) -> None:
-        moved = parameter - group["lr"] * (gradient + group["weight_decay"] * parameter)
-        parameter.copy_(torch.where(_along(used, parameter), moved, parameter))
+        with _rows(used, gradient, parameter) as (g, p):
+            p.sub_(g + group["weight_decay"] * p, alpha=group["lr"])
