@@ -174,11 +174,12 @@ class Learner(Loop):
         if not len(rows):
             raise BadInput("features: there are no rows; give at least one")
         with quiet(self.model), torch.no_grad():
-            parts = [
-                features_of(self.objective.forward(self.model, None, batch, self.pooling))
-                for batch in self.batches(rows, unlabelled=True)
-            ]
-        return torch.cat(parts)
+            found: dict[int, Tensor] = {}
+            for batch in self.batches(rows, unlabelled=True, by_length=True):
+                features = features_of(self.objective.forward(self.model, None, batch, self.pooling))
+                assert batch.index is not None
+                found |= zip(batch.index.tolist(), features, strict=True)
+        return torch.stack([found[number] for number in range(len(rows))])
 
     def observe(self, rows: Rows, log: RouterLog) -> None:
         """Adds to `log` how the memories answer rows (no labels needed), in evaluation mode; a text tower that encodes

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from .errors import BadInput, DamagedState, ForgotTooMuch, Interrupted, NonFiniteLoss, ProtocolRefused
-from .evaluation.plasticity import feature_drift
 from .learner import Learner
 from .memory.observe import RouterLog
 from .metering import inference
@@ -28,7 +27,7 @@ from .progress import Progress
 from .protocol import declared_classes
 from .recipe import Recipe, load_recipe, resolved_yaml
 from .registry import OBJECTIVES
-from .run_accounts import Accounts
+from .run_accounts import PROBE_ROWS, Accounts, mean_drift
 from .run_folder import (
     LOCK_FILE,
     LOSSES_FILE,
@@ -56,10 +55,7 @@ from .state import (
 )
 from .streams import Experience, Stream, build_stream
 
-__all__ = ["PROBE_ROWS", "Run", "read_report", "run_recipe", "undo"]
-
-PROBE_ROWS = 32
-"""Rows of each experience on which drift and routing are measured."""
+__all__ = ["Run", "read_report", "run_recipe", "undo"]
 
 
 def run_recipe(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
@@ -388,11 +384,7 @@ class Run:
             probe.features = learner.features(rows)
             self._refuse_non_finite({"features": probe.features})
             if learner.protocol.boundaries == "train" and not learner.caches_features:
-                moved = [
-                    feature_drift(before, learner.features(self.stream.experience(index).train[:PROBE_ROWS]))
-                    for index, before in sorted(self.probes.items())
-                ]
-                probe.drift = sum(moved) / len(moved) if moved else None
+                probe.drift = mean_drift(learner, self.stream, self.probes)
         if observed:
             learner.observe(rows, log)
             training, answers = learner.services.router_log.summary(), log.summary()

@@ -11,10 +11,35 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .evaluation.classes import class_figures, class_table
+from .evaluation.plasticity import feature_drift
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
     from .learner import Learner
     from .streams import Stream
+
+PROBE_ROWS = 32
+"""Rows of an experience whose features and routing are looked at."""
+COMPARED_ROWS = 256
+"""Rows of all earlier experiences together whose features are compared: what a boundary costs stays bounded."""
+
+
+def mean_drift(learner: Learner, stream: Stream, probes: Mapping[int, Tensor]) -> float | None:
+    """Mean over earlier experiences of the drift of their features since each was learnt; None for the first.
+
+    Args:
+        probes: experience -> features of its first `PROBE_ROWS` training rows when it was learnt.
+    """
+    if not probes:
+        return None
+    most = max(1, COMPARED_ROWS // len(probes))
+    before = [features[:most] for _, features in sorted(probes.items())]
+    rows = [row for index in sorted(probes) for row in stream.experience(index).train[: min(PROBE_ROWS, most)]]
+    after = learner.features(rows).split([len(each) for each in before])
+    return statistics.fmean(map(feature_drift, before, after))
 
 
 def plasticity_of(learner: Learner) -> dict[str, float]:

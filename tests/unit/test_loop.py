@@ -272,6 +272,14 @@ def test_linear_probe_computes_features_once() -> None:
         assert learner.evaluate([other]) == {0: 0.0}, "the features of another stream's rows were taken"
 
 
+def test_features_stand_in_the_order_of_their_rows() -> None:
+    rows = [{"text": "ab " * n, "label": "x"} for n in (3, 1, 5, 2, 4)]  # the passes take the shortest first
+    learner = build("linear_probe", per_device_eval_batch_size=2)
+    alone = torch.cat([learner.features([row]) for row in rows])
+    assert torch.allclose(learner.features(rows), alone, atol=1e-5)
+    assert len({tuple(row) for row in alone.mul(1e4).round().tolist()}) == len(rows)
+
+
 def test_ridge_head_behind_an_adapter_counts_one_extra_pass() -> None:
     made = cases.experiences("bert", 2, rows=8)
     learner = build({"lora": {"rank": 2, "first_only": True}}, head={"ridge": {"features": 8}})
