@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from ..memory import AtomBank, AtomView, is_observed, read_atoms, report
-from ..memory.effects import Path
+from ..memory import AtomBank, AtomView, KeyIndex, choose_search, index_keys, is_observed, read_atoms, report
+from ..memory.effects import Path, Search
 from ..memory.routing import Routing
 
 
@@ -33,6 +33,7 @@ class LinearMemory(nn.Module):
         min_k: floor on k (2 in the released MoRAM code).
         reserve: places among the k that new atoms hold in training, so that they cannot starve (ours; at most k).
         path: "auto", "reference", "dense" or "gather"; see `memory.read_atoms`.
+        search: "exact" or "coarse", the same; a small bank is searched exactly in any case.
 
     Raises:
         BadInput: a setting is out of its range.
@@ -56,6 +57,7 @@ class LinearMemory(nn.Module):
         min_k: int = 1,
         reserve: int = 0,
         path: Path = "auto",
+        search: Search = "exact",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
@@ -68,10 +70,11 @@ class LinearMemory(nn.Module):
                 allowed["reserve"] = f"between 0 and k, which is {k}"
                 raise BadInput(f"{name}: found {locals()[name]}; must be {allowed.get(name, 'above 0')}")
         self.bank = AtomBank(in_features, out_features, dtype=dtype, device=device)
-        self.site, self.path = site, path
+        self.site, self.path, self.search = site, path, search
         self.k, self.tau, self.delta, self.renormalise = k, tau, delta, renormalise
         self.scale, self.eps, self.dropout, self.min_k, self.reserve = scale, eps, dropout, min_k, reserve
         self._kept: tuple[Any, AtomView] | None = None
+        self._indexed: tuple[Any, KeyIndex] | None = None
 
     def extra_repr(self) -> str:
         return f"site={self.site!r}, k={self.k}, tau={self.tau}, delta={self.delta}, scale={self.scale}"
@@ -86,6 +89,7 @@ class LinearMemory(nn.Module):
         """The output that the atoms of `view` give for x [..., d_in], with this layer's settings."""
         settings: dict[str, Any] = {"k": self.k, "tau": self.tau, "delta": delta, "renormalise": self.renormalise}
         settings |= {"scale": self.scale, "eps": self.eps, "min_k": self.min_k, "reserve": reserve, "path": self.path}
+        settings |= self._search(view)
         output, routing = read_atoms(x, *view[:4], **settings)
         if is_observed():
             if view.index is not None:
@@ -107,8 +111,19 @@ class LinearMemory(nn.Module):
             self._kept = state, self.bank.without_empty()
         return self._kept[1]
 
+    def _search(self, view: AtomView) -> dict[str, Any]:
+        """How to find atoms among the frozen keys; their index is made once per state of these keys."""
+        keys = view.frozen_keys
+        search, wanted = choose_search(keys.shape[0], self.bank.in_features, self.k, self.search)
+        if not wanted or self.path == "reference" or keys.requires_grad or keys.is_inference():
+            return {}
+        state = ((keys, keys._version, keys.data_ptr()),)
+        if self._indexed is None or not _same(self._indexed[0], state):
+            self._indexed = state, index_keys(keys, self.bank.compute_dtype(), coarse=search == "coarse")
+        return {"index": self._indexed[1], "search": search}
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_indexed": None}
 
     # ---- growth
     def grow(self, r: int, owner: int, generator: torch.Generator | None = None) -> None:

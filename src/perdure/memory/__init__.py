@@ -2,7 +2,8 @@
 
 from .bank import SHARED, AtomBank, AtomView
 from .contrast import contrast_directions, paired
-from .effects import choose_patch_path, choose_path, read_atoms, read_patches, sparse_delta
+from .effects import choose_patch_path, choose_path, choose_search, read_atoms, read_patches, sparse_delta
+from .kernels.search import KeyIndex, index_keys
 from .merging import MergeReport, merge_duplicates
 from .observe import Observation, RouterLog, Written, is_observed, observing, report, report_written
 from .protect import InputMoments, free_directions, leading_basis, overlap, project
@@ -26,6 +27,7 @@ __all__ = [
     "AtomBank",
     "AtomView",
     "InputMoments",
+    "KeyIndex",
     "MergeReport",
     "Observation",
     "RouterLog",
@@ -38,6 +40,7 @@ __all__ = [
     "TaskNode",
     "choose_patch_path",
     "choose_path",
+    "choose_search",
     "contrast_directions",
     "cosine",
     "designed_rows",
@@ -47,6 +50,7 @@ __all__ = [
     "effective_k",
     "free_directions",
     "free_energy",
+    "index_keys",
     "is_observed",
     "leading_basis",
     "least_bound",

@@ -9,16 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .kernels.atoms import Respond, dense_values, gather_values, joined
+from .kernels.atoms import GRAM_FROM, Choice, Respond, dense_values, gather_values, joined
+from .kernels.search import CANDIDATES, KeyIndex
 from .kernels.sparse import Entries, SparseDelta
 from .routing import Routing, cosine, effective_k, open_items, routing_dtype, select, weight
 
 Path = Literal["auto", "reference", "dense", "gather"]
+Search = Literal["exact", "coarse"]
 
 # Gathering touches k values per token at the speed of memory, a dense product all N at the speed of the processor.
 # Whole layer on CPU, one thread, k = 2, 8, 16, d = 384, 768: equal within noise up to N = 3 k, gathering level or ahead
 # beyond. Not measured on GPU.
 GATHER_FROM = 4  # times k
+
+COARSE_FROM = 512
 
 # Forward and backward on CPU, one thread, 1024 tokens, k = 4, C = 128, r = 8: one dense product took 1.0 times the
 # grouped ones at K = 32, 1.8 times at K = 64, 2.4 times at K = 128. Not measured on GPU, where grouping waits once.
@@ -28,6 +32,12 @@ GROUP_FROM = 8  # times k
 def choose_path(size: int, k: int, device: torch.device | str = "cpu") -> Literal["dense", "gather"]:
     """The faster way to apply the values of N = size atoms, k of them selected."""
     return "gather" if size >= GATHER_FROM * k else "dense"
+
+
+def choose_search(old: int, width: int, k: int, search: Search) -> tuple[Search, bool]:
+    """How n = old frozen keys of `width` features are searched, and whether an index of them pays."""
+    coarse = search == "coarse" and old >= COARSE_FROM and old >= 4 * CANDIDATES * k
+    return ("coarse" if coarse else "exact"), coarse or old >= GRAM_FROM * width
 
 
 def sparse_delta(
@@ -111,6 +121,8 @@ def read_atoms(
     min_k: int = 1,
     reserve: int = 0,
     path: Path = "auto",
+    index: KeyIndex | None = None,
+    search: Search = "exact",
 ) -> tuple[Tensor, Routing]:
     """Rank-1 effect of an atom bank (MoRAM, eqs 3-8).
 
@@ -133,12 +145,19 @@ def read_atoms(
         reserve: places among the k that the best new atoms hold whatever their rank (ours; 0 as published).
         path: "reference", "dense", "gather", or "auto" to let the size decide. All give the same values and
             gradients up to rounding; only the reference is differentiable twice.
+        index: `index_keys(frozen_keys, ...)`, made once for keys that stay: the joint norm's gradient then costs the
+            same whatever n. Left aside where its dtype is not that of the routing.
+        search: "exact" scores all keys. "coarse" scores all new ones, and of the frozen ones only the 2 k that 8-bit
+            codes find (`index` needs codes); norm, scores and gradients of what is chosen stay exact. A frozen atom
+            among the true k best can be missed; recall is measured in benchmarks.atoms.
     Returns:
         dy [..., d_out] in x's dtype (autocast's inside autocast), and the Routing [..., k].
     Raises:
         ValueError: shapes do not fit together, or a setting is out of its range.
     """
     _check(x, frozen_keys, frozen_values, new_keys, new_values, k, tau, eps, min_k, path)
+    if search == "coarse" and (index is None or index.codes is None):
+        raise ValueError("search: 'coarse' needs an index with codes; make it with index_keys(..., coarse=True)")
     size = frozen_keys.shape[0] + new_keys.shape[0]
     leading, width = x.shape[:-1], frozen_values.shape[-1]
     device = x.device.type
@@ -165,7 +184,10 @@ def read_atoms(
                 reserve=reserve, start=old_k.shape[0],
             )  # fmt: skip
         else:
-            p, s, indices = Respond.apply(flat, old_k, new_k, k, eps, min_k, reserve)
+            at_hand = index if index is not None and index.gram.dtype == dtype else None
+            p, s, indices = Respond.apply(
+                flat, old_k, new_k, at_hand, Choice(k, eps, min_k, reserve, search == "coarse")
+            )
             w = open_items(weight(s, tau), s, delta, renormalise)
             apply = gather_values if path == "gather" else dense_values
             dy = apply(w * p, indices, old_v, new_v, scale)

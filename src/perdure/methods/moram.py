@@ -21,7 +21,9 @@ r new atoms per experience: keys U(−1/√d_in, 1/√d_in), values zero; old at
 Stored: N · (d_in + d_out) numbers a layer, growing by r atoms an experience; with `protect` and with `keys: contrast`
 also second moments of layer inputs, d_in² numbers for each kind of input. Cost per token and layer: N · d_in for the
 scores and k · d_out for the values. Removal: structural (`forget` drops the atoms of one write; later atoms were learnt
-in their presence).
+in their presence). Beside that, never saved and made anew from the keys: AᵀA of the old keys [d_in, d_in] once they
+are as many as d_in, and with `search: coarse` one byte for each of their numbers; 2 k · d_in scores a token then, and
+N · d_in products of bytes.
 
 Deviations from the released code, all of them defects there: the value scale is folded into the values at
 freezing (the release halves them); atoms that were never trained take no part in evaluation (the release lets empty
@@ -87,6 +89,8 @@ class MoRAM(Method):
         """Confine new keys to the null space of old layer inputs."""
         keys: Literal["drawn", "contrast"] = "drawn"
         """Where new keys start: drawn at random, as published, or along what older experiences have not had (ours)."""
+        search: Literal["exact", "coarse"] = "exact"
+        """From 512 old atoms a layer on: score all, or exactly only 2 k that 8-bit codes find, norm exact (ours)."""
         key_rows: int = Field(128, ge=1)
         """Training rows from which contrast keys are made, evenly spaced."""
 
@@ -122,7 +126,7 @@ class MoRAM(Method):
             memory = LinearMemory(
                 site.in_features, site.out_features, site=site.name, k=config.top_k, tau=config.temperature,
                 delta=config.threshold, renormalise=config.renormalise, scale=config.scale, eps=config.eps,
-                dropout=config.dropout, min_k=config.min_k, reserve=config.reserve,
+                dropout=config.dropout, min_k=config.min_k, reserve=config.reserve, search=config.search,
             )  # fmt: skip
             self._handles.append(site.add("moram", memory))
             self.modules[site.name] = memory

@@ -6,22 +6,36 @@ With p = A x, n = max(||p||, eps), s = p / n and upstream gradients g_p, g_s at 
     dL/dx = dL/dp A        dL/da_j = sum_t dL/dp_tj x_t   (new atoms only)
     dL/db_j = sum_t c_tj dL/dy_t   (selected new atoms only)
 
-An unselected key gets gradient through the joint norm, an unselected value gets none.
+An unselected key gets gradient through the joint norm, an unselected value gets none. Of the frozen keys that part is
+a multiple of s A = x (A^T A) / n: a product with [d, d], whatever their number.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..routing import response_norm, select_with_reserve
+from ..routing import effective_k, response_norm, select_with_reserve
+from .search import CANDIDATES, KeyIndex, nearest, responses_of
 
-# N / d above which dL/dx takes the norm's part through the d x d Gram matrix instead of all N keys.
-GRAM_FROM = 1.5
+# n / d above which dL/dx takes the norm's part through the Gram matrix, where one is at hand and where it must be made
+# first. Two sides of d are level in multiply-adds.
+GRAM_FROM = 1.0
+MAKE_GRAM_FROM = 1.5
+
+
+class Choice(NamedTuple):
+    """How atoms are chosen; see `effects.read_atoms`."""
+
+    k: int
+    eps: float
+    min_k: int
+    reserve: int
+    coarse: bool
 
 
 def _responses(x: Tensor, frozen_keys: Tensor, new_keys: Tensor) -> Tensor:
@@ -35,32 +49,56 @@ def _responses(x: Tensor, frozen_keys: Tensor, new_keys: Tensor) -> Tensor:
     return p
 
 
-def _scatter(shape: tuple[int, int], indices: Tensor, entries: Tensor, start: int = 0) -> Tensor:
-    # Entries of items below `start` fall into column 0, which is cut off.
-    if start:
-        rows, columns = shape
-        out = entries.new_zeros(rows, columns + 1)
-        return out.scatter_add_(1, (indices - (start - 1)).clamp_min_(0), entries)[:, 1:]
-    return entries.new_zeros(shape).scatter_add_(1, indices, entries)
+def _of_new(columns: int, indices: Tensor, entries: Tensor, start: int) -> Tensor:
+    # [T, columns]: entries of items below `start` fall into column 0, which is cut off.
+    out = entries.new_zeros(entries.shape[0], columns + 1)
+    return out.scatter_add(1, (indices - (start - 1)).clamp_min(0), entries)[:, 1:]
+
+
+def _bag(indices: Tensor, table: Tensor, entries: Tensor) -> Tensor:
+    # sum_i entries_ti table[indices_ti] over the items of the table, without joining the new ones to it.
+    size = table.shape[0]
+    inside = indices < size
+    return F.embedding_bag(indices.clamp_max(size - 1), table, per_sample_weights=entries * inside, mode="sum")
 
 
 class Respond(torch.autograd.Function):
-    """(x [T, d], frozen keys [n, d], new keys [r, d], k, eps, min_k, reserve) -> p [T, k], s [T, k], indices [T, k].
+    """(x [T, d], frozen keys [n, d], new keys [r, d], index, choice) -> p [T, k], s [T, k], indices [T, k].
 
     The frozen keys must not require a gradient. Differentiable once.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen_keys: Tensor, new_keys: Tensor, k: int, eps: float, min_k: int, reserve: int
+        ctx: Any, x: Tensor, frozen_keys: Tensor, new_keys: Tensor, index: KeyIndex | None, choice: Choice
     ) -> tuple[Tensor, Tensor, Tensor]:
-        p = _responses(x, frozen_keys, new_keys)
-        norm = response_norm(p, eps)
-        indices = select_with_reserve(p, k, min_k, reserve, frozen_keys.shape[0])  # s and p have the same order
-        chosen = p.gather(1, indices)
+        old, new = frozen_keys.shape[0], new_keys.shape[0]
+        through = None  # x A^T A of the frozen keys, if it is known already
+        if choice.coarse and index is not None:
+            count = min(old, CANDIDATES * effective_k(choice.k, old + new, choice.min_k))
+            near = nearest(x, index, count)
+            through, p_new = x @ index.gram, x @ new_keys.t()
+            square = (x * through).sum(-1, keepdim=True).clamp_min_(0) + p_new.square().sum(-1, keepdim=True)
+            norm = square.sqrt_().clamp_min_(choice.eps)
+            p = torch.cat([responses_of(x, frozen_keys, near), p_new], 1)
+            place = select_with_reserve(p, choice.k, choice.min_k, choice.reserve, count)
+            numbers = torch.arange(old, old + new, device=x.device).expand(x.shape[0], new)
+            indices = torch.cat([near, numbers], 1).gather(1, place)
+            chosen = p.gather(1, place)
+        else:
+            p = _responses(x, frozen_keys, new_keys)
+            norm = response_norm(p, choice.eps)
+            # s and p have the same order
+            indices = select_with_reserve(p, choice.k, choice.min_k, choice.reserve, old)
+            chosen, p_new = p.gather(1, indices), p[:, old:]
         scores = chosen / norm
-        ctx.eps = eps
-        ctx.save_for_backward(x, frozen_keys, new_keys, p, norm, scores, indices)
+        gram = index.gram if index is not None and old >= GRAM_FROM * x.shape[1] else None
+        if through is None and gram is None and not (old > MAKE_GRAM_FROM * x.shape[1] and x.shape[0] > x.shape[1]):
+            kept = p
+        else:
+            kept = p_new.clone()  # not a view, which would keep all of p
+        ctx.eps, ctx.whole = choice.eps, kept is p
+        ctx.save_for_backward(x, frozen_keys, new_keys, kept, norm, scores, indices, through, gram)
         ctx.mark_non_differentiable(indices)
         return chosen, scores, indices
 
@@ -68,7 +106,7 @@ class Respond(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_p, grad_s, _ = grads
-        x, frozen_keys, new_keys, p, norm, scores, indices = ctx.saved_tensors
+        x, frozen_keys, new_keys, kept, norm, scores, indices, through, gram = ctx.saved_tensors
         with torch.autocast(device_type=x.device.type, enabled=False):
             entries = grad_p + grad_s / norm
             # A norm that was clamped to eps is a constant. Two divisions: the square of a small norm would underflow.
@@ -76,32 +114,21 @@ class Respond(torch.autograd.Function):
             through_norm = torch.where(norm > ctx.eps, through_norm, 0.0)
             grad_x = grad_new = None
             old, new = frozen_keys.shape[0], new_keys.shape[0]
-            dp = None
-            if ctx.needs_input_grad[0]:
-                if old + new > GRAM_FROM * x.shape[1] and x.shape[0] > x.shape[1]:
-                    grad_x = _grad_x_by_gram(x, frozen_keys, new_keys, indices, entries, through_norm)
-                else:
-                    dp = (p * -through_norm).scatter_add_(1, indices, entries)
-                    grad_x = dp[:, :old] @ frozen_keys
-                    if new:
-                        grad_x = grad_x.addmm_(dp[:, old:], new_keys) if old else dp @ new_keys
+            p_new = kept[:, old:] if ctx.whole else kept
+            if ctx.whole and ctx.needs_input_grad[0]:
+                dp = (kept * -through_norm).scatter_add_(1, indices, entries)
+                grad_x, dp_new = dp[:, :old] @ frozen_keys, dp[:, old:]
+            else:
+                dp_new = p_new * -through_norm + _of_new(new, indices, entries, old)
+                if ctx.needs_input_grad[0]:
+                    if through is None:
+                        through = x @ (frozen_keys.t() @ frozen_keys if gram is None else gram)
+                    grad_x = _bag(indices, frozen_keys, entries).sub_(through * through_norm)
+            if grad_x is not None and new:
+                grad_x = grad_x.addmm_(dp_new, new_keys)
             if ctx.needs_input_grad[2]:
-                if dp is None:
-                    dp_new = p[:, old:] * -through_norm + _scatter((x.shape[0], new), indices, entries, old)
-                else:
-                    dp_new = dp[:, old:]
                 grad_new = dp_new.t() @ x
-        return grad_x, None, grad_new, None, None, None, None
-
-
-def _grad_x_by_gram(
-    x: Tensor, frozen_keys: Tensor, new_keys: Tensor, indices: Tensor, entries: Tensor, through_norm: Tensor
-) -> Tensor:
-    # (coefficient * p) A = coefficient * x (A^T A): T d^2 + N d^2 instead of T N d multiply-adds.
-    gram = (frozen_keys.t() @ frozen_keys).addmm_(new_keys.t(), new_keys)
-    keys = joined(frozen_keys, new_keys)
-    grad = F.embedding_bag(indices, keys, per_sample_weights=entries, mode="sum")
-    return grad.sub_((x * through_norm) @ gram)
+        return grad_x, None, grad_new, None, None
 
 
 def joined(frozen: Tensor, new: Tensor) -> Tensor:
@@ -111,43 +138,19 @@ def joined(frozen: Tensor, new: Tensor) -> Tensor:
     return new if frozen.shape[0] == 0 else torch.cat([frozen, new])
 
 
-class GradientOfNew(torch.autograd.Function):
-    """Identity on y [T, d_out] that hands dL/dB to the new values [r, d_out].
-
-    y was computed from detached values; c [T, k] are the coefficients and `start` the number of frozen items.
-    A dense [T, r] product over the few new rows replaces a scatter over the whole bank.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, new_values: Tensor, coefficients: Tensor, indices: Tensor, start: int) -> Tensor:
-        ctx.start, ctx.rows = start, new_values.shape[0]
-        ctx.save_for_backward(coefficients, indices)
-        return y.view_as(y)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad,), grad_values = grads, None
-        if ctx.needs_input_grad[1]:
-            coefficients, indices = ctx.saved_tensors
-            with torch.autocast(device_type=grad.device.type, enabled=False):
-                of_new = _scatter((grad.shape[0], ctx.rows), indices, coefficients, ctx.start)
-                grad_values = of_new.t() @ grad
-        return grad, grad_values, None, None, None
-
-
 def gather_values(c: Tensor, indices: Tensor, frozen_values: Tensor, new_values: Tensor, scale: float) -> Tensor:
-    """y_t = sum_i c_ti B_{indices_ti}, touching only the selected values; new values are multiplied by scale.
+    """y_t = sum_i c_ti B_{indices_ti}, touching only the selected frozen values; new ones are multiplied by scale.
 
     Args:
         c, indices: [T, k]. frozen_values: [n, d_out], no gradient. new_values: [r, d_out].
     """
-    new = new_values if scale == 1.0 else new_values * scale
-    table = joined(frozen_values, new.detach())
-    y = F.embedding_bag(indices, table, per_sample_weights=c, mode="sum")
-    if new.requires_grad and torch.is_grad_enabled():
-        y = GradientOfNew.apply(y, new, c.detach(), indices, frozen_values.shape[0])
-    return y
+    old, new = frozen_values.shape[0], new_values.shape[0]
+    y = _bag(indices, frozen_values, c) if old else None
+    if new == 0 and y is not None:
+        return y
+    scaled = new_values if scale == 1.0 else new_values * scale
+    of_new = _of_new(new, indices, c, old)
+    return of_new @ scaled if y is None else torch.addmm(y, of_new, scaled)
 
 
 def dense_values(c: Tensor, indices: Tensor, frozen_values: Tensor, new_values: Tensor, scale: float) -> Tensor:

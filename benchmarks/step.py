@@ -1,0 +1,129 @@
+"""One training step and one forward pass of a whole model with MoRAM against the same model with PEFT's LoRA.
+
+    python -m benchmarks.step             # MiniLM and a GPT-2 of the same shape, after 10 and 100 experiences
+    python -m benchmarks.step --smoke     # seconds; the numbers mean nothing
+
+Both arms adapt the same linear maps, all of every block, with r = 8; a fused map of query, key and value is one for
+LoRA and three banks for MoRAM. The banks hold 8 frozen atoms of each past experience, with values that are not zero,
+and 8 new ones. A step is forward, backward and AdamW on what trains; the loss is the mean of the last hidden states'
+squares, the same for both. Ratios are MoRAM / LoRA.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from perdure.attachment import attach, attachment
+from perdure.models import load_model
+
+from ._harness import compare, row, write
+
+RANK, BATCH, LENGTH = 8, 16, 64
+LINEARS = {
+    "minilm": r".*encoder\.layer\.\d+\..*(query|key|value|attention.output.dense|intermediate.dense|output.dense)",
+    "gpt2": r".*h\.\d+\..*(c_attn|c_proj|c_fc)",
+}
+
+
+def model_of(host: str, layers: int) -> nn.Module:
+    if host == "minilm":
+        return load_model("minilm", "classification")[0]
+    from transformers import GPT2Config, GPT2Model
+
+    torch.manual_seed(0)
+    return GPT2Model(GPT2Config(n_layer=layers, n_embd=384, n_head=12, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
+
+
+def moram(host: str, layers: int, experiences: int, search: str) -> nn.Module:
+    model = attach(model_of(host, layers), {"moram": {"rank": RANK, "search": search}})
+    generator = torch.Generator().manual_seed(1)
+    held = attachment(model)
+    assert held is not None
+    for memory in held.methods[0].modules.values():
+        for owner, size in enumerate((RANK * experiences, RANK)):
+            memory.grow(size, owner, generator)
+            memory.bank.new_values.data.normal_(std=0.02, generator=generator)
+    return model
+
+
+def lora(host: str, layers: int) -> nn.Module:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=LINEARS[host])
+    return inject_adapter_in_model(config, model_of(host, layers))
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for n, p in model.named_parameters() if "lora_" in n or n.endswith(("bank.new_keys", "bank.new_values"))]
+
+
+def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:
+    model.train()
+    model.requires_grad_(False)
+    parameters = [parameter.requires_grad_() for parameter in trained(model)]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def one() -> None:
+        model(input_ids=ids).last_hidden_state.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return one
+
+
+def inference(model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:
+    @torch.no_grad()
+    def one() -> None:
+        model.eval()
+        model(input_ids=ids)
+
+    return one
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--hosts", nargs="+", default=["minilm", "gpt2"], choices=list(LINEARS))
+    parser.add_argument("--experiences", type=int, nargs="+", default=[10, 100])
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--threads", type=int, help="threads of torch; its own default when absent")
+    parser.add_argument("--output", default="results/speed/step.json")
+    parser.add_argument("--smoke", action="store_true", help="a tiny setting that writes only where --output says")
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    length, layers = LENGTH, 6
+    if options.smoke:
+        options.hosts, options.experiences, options.pairs, length, layers = ["gpt2"], [2, 80], 2, 8, 1
+        if options.output == parser.get_default("output"):
+            options.output = None
+    rows = []
+    for host in options.hosts:
+        ids = torch.randint(1000, 2000, (BATCH, length), generator=torch.Generator().manual_seed(0))
+        other = lora(host, layers)
+        for experiences in options.experiences:
+            for search in ("exact", "coarse")[: 1 + (RANK * experiences >= 512)]:
+                mine = moram(host, layers, experiences, search)
+                case = {"host": host, "experiences": experiences, "atoms": RANK * (experiences + 1), "search": search}
+                for what, make in (("step", step), ("inference", inference)):
+                    ratio = compare(make(mine, ids), make(other, ids), pairs=options.pairs)
+                    rows.append(row({**case, "what": what}, "lora", ratio))
+                    print(
+                        f"{host:<7} {experiences:4d} experiences, {search:<6} {what:<9} {ratio.median:.3f} "
+                        f"({ratio.low:.3f} to {ratio.high:.3f}), {ratio.a_ms:.0f} ms against {ratio.b_ms:.0f} ms",
+                        flush=True,
+                    )
+    if options.output is None:
+        return
+    settings = {"rank": RANK, "batch": BATCH, "length": length, "dtype": "float32", "pairs": options.pairs}
+    notes = ["ratio = MoRAM / PEFT's LoRA, pair by pair; below 1, MoRAM is faster."]
+    write(options.output, "step", settings, rows, notes)
+    print(f"written: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
