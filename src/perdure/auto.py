@@ -110,8 +110,12 @@ def _sees(model: Any) -> bool:
 
 
 def _scenario(data: Mapping[str, Any]) -> str:
+    """The stream's scenario; where the task of a row is known at test its classes alone compete, which is another."""
     stream = data.get("stream")
-    return str((stream.get("scenario") if isinstance(stream, Mapping) else None) or "class_incremental")
+    scenario = str((stream.get("scenario") if isinstance(stream, Mapping) else None) or "class_incremental")
+    ((name, _),) = OBJECTIVES.parse(data.get("objective") or "classification", "objective")
+    known = OBJECTIVES.get(name).needs_head and _protocol(data).task_id == "test"
+    return scenario + (", task known at test" if known else "")
 
 
 def _fitted(settings: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +166,7 @@ def extract(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         recipe = load_recipe(row["run"][0], row["run"][1:])
         if row["method"] not in recipe.arms or _is_bound(recipe.arms[row["method"]].method):
             continue
-        key = (_kind(recipe._base), recipe.stream.scenario)
+        key = (_kind(recipe._base), _scenario(recipe._base))
         groups.setdefault(key, {}).setdefault(row["recipe"], {})[row["method"]] = row
         arm = recipe.arms[row["method"]].model_dump(mode="json", exclude_defaults=True)
         found.setdefault((*key, row["method"]), arm)

@@ -19,8 +19,9 @@ from .compare import CLAIM_SEEDS
 
 FIELDS = ("recipe", "method", "head", "model", "stream", "seeds", "metrics", "cost", "hardware", "commit")
 FIELDS += ("published", "status", "note")
-OPTIONAL = ("values", "run")
-"""Younger than the first rows: each figure by seed, in the order of `seeds`; the recipe and what was typed over it."""
+OPTIONAL = ("values", "run", "protocol")
+"""Younger than the first rows: each figure by seed, in the order of `seeds`; the recipe and what was typed over it; what
+the protocol granted."""
 STATUSES = ("reproduced", "differs", "no published figure", "illustration")
 
 COLUMNS = {
@@ -30,6 +31,8 @@ COLUMNS = {
 """Of the page, with their heads."""
 OPTIONAL_COLUMNS = ("geometric_average", "anytime_accuracy")
 """Stand where an arm has them."""
+
+TASK_KNOWN = "The task of a row is known at test: it is scored among the classes of its own experience alone."
 
 
 def _is_text(value: Any) -> bool:
@@ -75,6 +78,8 @@ def validate_row(row: Any, where: str = "row") -> dict[str, Any]:
 
 def _check_optional(row: Mapping[str, Any], where: str) -> None:
     values, run = row.get("values", {}), row.get("run", ["recipe"])
+    if not isinstance(row.get("protocol", {}), Mapping):
+        raise BadInput(f"{where}: protocol: expected the block of a recipe, found {row['protocol']!r}")
     if not isinstance(values, Mapping):
         raise BadInput(f"{where}: values: expected figures by name, found {values!r}")
     for name, found in values.items():
@@ -221,6 +226,8 @@ def rows_from_comparison(
             row["values"] = {name: list(found) for name, found in arm["values"].items() if name in arm["metrics"]}
         if run is not None:
             row["run"] = list(run)
+        if comparison.get("protocol"):
+            row["protocol"] = dict(comparison["protocol"])
         rows.append(validate_row(row, f"arm {name!r}"))
     return rows
 
@@ -271,6 +278,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         groups.setdefault((row["recipe"], row["model"], row["stream"]), []).append(row)
     for (recipe, model, stream), members in groups.items():
         lines += [f"## {escaped(recipe)}", "", f"Stream {escaped(stream)} · model {escaped(model)}", ""]
+        if any(row["head"] and (row.get("protocol") or {}).get("task_id") == "test" for row in members):
+            lines += [TASK_KNOWN, ""]
         lines += _table(members)
     if not groups:
         lines += ["No result has been recorded yet.", ""]
