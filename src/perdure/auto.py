@@ -115,7 +115,7 @@ def _scenario(data: Mapping[str, Any]) -> str:
     scenario = str((stream.get("scenario") if isinstance(stream, Mapping) else None) or "class_incremental")
     ((name, _),) = OBJECTIVES.parse(data.get("objective") or "classification", "objective")
     known = OBJECTIVES.get(name).needs_head and _protocol(data).task_id == "test"
-    return scenario + (", task known at test" if known else "")
+    return scenario + (" (task known at test)" if known else "")
 
 
 def _fitted(settings: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:

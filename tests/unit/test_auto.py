@@ -88,10 +88,24 @@ def test_kinds_are_kept_apart_and_another_scenario_is_said(tmp_path):
     assert auto.choose(settings(model="google/vit-base-patch16-224"), offers).settings["head"] == "ridge"
     stream = {"source": ["a.jsonl", "b.jsonl"], "scenario": "domain_incremental"}
     assert auto.choose(settings(stream=stream), offers).why.endswith(
-        "; measured on class_incremental streams, none was domain_incremental"
+        "; measured on class_incremental (task known at test) streams, none was domain_incremental (task known at test)"
     )
     with pytest.raises(BadInput, match=r"no stream of instruction was; name a method .*classification of text"):
         auto.choose(settings(objective="instruction"), offers)
+
+
+def test_what_was_measured_with_known_tasks_is_another_scenario(tmp_path):
+    free = {"protocol": {"rehearsal": 40}}
+    rows = [row(tmp_path, "known", "probe", 0.9), row(tmp_path, "free", "moram", 0.3, **free)]
+    offers = auto.extract(rows)
+    assert auto.choose(settings(), offers).settings["method"] == "linear_probe"
+    choice = auto.choose(settings(**free), offers)
+    assert choice.settings["method"] == {"moram": {"rank": 2}} and "none was" not in choice.why
+    only = auto.choose(settings(**free), auto.extract(rows[:1]))
+    assert only.why.endswith("on class_incremental (task known at test) streams, none was class_incremental")
+    language = {"objective": "causal_lm", "model": {"scratch": {**TEXT["scratch"], "family": "gpt2"}}}
+    (offer,) = auto.extract([row(tmp_path, "language", "er", 4.0, **language)])
+    assert offer["scenario"] == "class_incremental"  # no classes compete there
 
 
 def test_the_page_sets_the_choice_against_the_seed_papers_arms(tmp_path):

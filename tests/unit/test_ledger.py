@@ -190,3 +190,17 @@ def test_figures_by_seed_and_the_command_are_kept(tmp_path):
     ):
         with pytest.raises(BadInput, match=words):
             ledger.validate_row(row(**wrong))
+
+
+def test_the_page_says_where_the_task_of_a_row_is_known(tmp_path):
+    comparison = build_comparison(arms(), recipe="clinc150")
+    rows = ledger.rows_from_comparison(comparison)
+    assert all(found["protocol"] == comparison["protocol"] for found in rows)
+    assert ledger.TASK_KNOWN not in ledger.markdown([row(), *rows])
+    assert ledger.TASK_KNOWN in ledger.markdown([row(protocol={"task_id": "test"})])
+    assert ledger.TASK_KNOWN not in ledger.markdown([row(protocol={"task_id": "test"}, head=None)])  # no class competes
+    path = tmp_path / "ledger.jsonl"
+    ledger.append(path, row(protocol={"task_id": "test"}))
+    assert ledger.read(path)[0]["protocol"] == {"task_id": "test"}
+    with pytest.raises(BadInput, match="protocol: expected the block"):
+        ledger.append(path, row(protocol="test"))
