@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.smoke:
-        options.atoms, options.widths, options.tokens, options.pairs = [64, 640], [32], 64, 3
+        options.atoms, options.widths, options.tokens, options.pairs = [64, 20000], [32], 64, 3
         if options.output == parser.get_default("output"):
             options.output = None
     rows = measure(options.atoms, options.widths, options.tokens, options.pairs)

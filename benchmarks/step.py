@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 from perdure.attachment import attach, attachment
+from perdure.memory import choose_search
 from perdure.models import load_model
 
 from ._harness import compare, row, write
 
-RANK, BATCH, LENGTH = 8, 16, 64
+RANK, BATCH, LENGTH, WIDTH = 8, 16, 64, 384
 LINEARS = {
     "minilm": r".*encoder\.layer\.\d+\..*(query|key|value|attention.output.dense|intermediate.dense|output.dense)",
     "gpt2": r".*h\.\d+\..*(c_attn|c_proj|c_fc)",
@@ -36,7 +37,7 @@ def model_of(host: str, layers: int) -> nn.Module:
     from transformers import GPT2Config, GPT2Model
 
     torch.manual_seed(0)
-    return GPT2Model(GPT2Config(n_layer=layers, n_embd=384, n_head=12, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
+    return GPT2Model(GPT2Config(n_layer=layers, n_embd=WIDTH, n_head=12, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
 
 
 def moram(host: str, layers: int, experiences: int, search: str) -> nn.Module:
@@ -106,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
         ids = torch.randint(1000, 2000, (BATCH, length), generator=torch.Generator().manual_seed(0))
         other = lora(host, layers)
         for experiences in options.experiences:
-            for search in ("exact", "coarse")[: 1 + (RANK * experiences >= 512)]:
+            wide = choose_search(RANK * experiences, WIDTH, RANK, "coarse")[0] == "coarse"
+            for search in ("exact", "coarse")[: 1 + wide]:
                 mine = moram(host, layers, experiences, search)
                 case = {"host": host, "experiences": experiences, "atoms": RANK * (experiences + 1), "search": search}
                 for what, make in (("step", step), ("inference", inference)):

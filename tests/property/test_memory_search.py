@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perdure.layers import LinearMemory, linear
-from perdure.memory import index_keys, read_atoms
+from perdure.memory import effects, index_keys, read_atoms
 from perdure.memory.kernels.search import _gathered, nearest, responses_of
 from perdure.memory.routing import select
 
@@ -151,7 +151,8 @@ def test_a_layer_indexes_its_old_keys_once_per_growth(old, training, monkeypatch
     assert copy.deepcopy(layer)._indexed is None and "_indexed" not in "".join(layer.state_dict())
 
 
-def test_a_layer_that_searches_coarsely_answers_nearly_as_one_that_does_not():
+def test_a_layer_that_searches_coarsely_answers_nearly_as_one_that_does_not(monkeypatch):
+    monkeypatch.setattr(effects, "COARSE_FROM", 12 * 512)
     x = torch.randn(200, 12, generator=torch.Generator().manual_seed(2))
     exact, coarse = (layer_of(800, search).eval() for search in ("exact", "coarse"))
     assert coarse(x).shape == (200, 6) and coarse._indexed is not None and coarse._indexed[1].codes is not None

@@ -20,8 +20,8 @@ from .compare import CLAIM_SEEDS
 FIELDS = ("recipe", "method", "head", "model", "stream", "seeds", "metrics", "cost", "hardware", "commit")
 FIELDS += ("published", "status", "note")
 OPTIONAL = ("values", "run", "protocol")
-"""Younger than the first rows: each figure by seed, in the order of `seeds`; the recipe and what was typed over it; what
-the protocol granted."""
+"""Younger than the first rows: each figure by seed, in the order of `seeds`; the recipe and what was typed over it; the
+block `protocol` of its runs."""
 STATUSES = ("reproduced", "differs", "no published figure", "illustration")
 
 COLUMNS = {

@@ -90,7 +90,7 @@ class MoRAM(Method):
         keys: Literal["drawn", "contrast"] = "drawn"
         """Where new keys start: drawn at random, as published, or along what older experiences have not had (ours)."""
         search: Literal["exact", "coarse"] = "exact"
-        """From 512 old atoms a layer on: score all, or exactly only 2 k that 8-bit codes find, norm exact (ours)."""
+        """Of a large bank (from 960 atoms of width 768): score all, or only 2 k that 8-bit codes find (ours)."""
         key_rows: int = Field(128, ge=1)
         """Training rows from which contrast keys are made, evenly spaced."""
 
