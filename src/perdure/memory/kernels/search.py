@@ -38,8 +38,8 @@ class KeyIndex(NamedTuple):
 @torch.no_grad()
 def index_keys(keys: Tensor, dtype: torch.dtype, coarse: bool) -> KeyIndex:
     """Args: keys [n, d]. dtype: of the responses, float32 or float64. coarse: also makes codes."""
-    exact = keys.double()
-    gram = (exact.t() @ exact).to(dtype)
+    exact = keys.cpu().double()  # not every device has float64
+    gram = (exact.t() @ exact).to(keys.device, dtype)
     if not coarse:
         return KeyIndex(gram, None, None)
     if keys.device.type != "cpu":
