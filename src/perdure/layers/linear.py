@@ -70,7 +70,8 @@ class LinearMemory(nn.Module):
                 allowed["reserve"] = f"between 0 and k, which is {k}"
                 raise BadInput(f"{name}: found {locals()[name]}; must be {allowed.get(name, 'above 0')}")
         self.bank = AtomBank(in_features, out_features, dtype=dtype, device=device)
-        self.site, self.path, self.search = site, path, search
+        self.site, self.path = site, path
+        self.search: Search = search
         self.k, self.tau, self.delta, self.renormalise = k, tau, delta, renormalise
         self.scale, self.eps, self.dropout, self.min_k, self.reserve = scale, eps, dropout, min_k, reserve
         self._kept: tuple[Any, AtomView] | None = None

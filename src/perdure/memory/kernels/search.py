@@ -68,7 +68,8 @@ def _coarse(x: Tensor, index: KeyIndex) -> Tensor:
     # Each row has a scale of its own, which cannot change the order of its scores and is not multiplied back.
     scale = 127 / x.abs().amax(1, keepdim=True).clamp_min(_LEAST)
     codes = (x * scale).round_().to(torch.int8)
-    return torch._int_mm(codes, index.codes.t()).to(index.steps.dtype).mul_(index.steps)
+    products = torch._int_mm(codes, index.codes.t())  # pyright: ignore[reportPrivateImportUsage]
+    return products.to(index.steps.dtype).mul_(index.steps)
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
