@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from perdure.attachment import attach, attachment
+from perdure.layers import LinearMemory
 from perdure.memory import choose_search
 from perdure.models import load_model
 
@@ -46,6 +47,7 @@ def moram(host: str, layers: int, experiences: int, search: str) -> nn.Module:
     held = attachment(model)
     assert held is not None
     for memory in held.methods[0].modules.values():
+        assert isinstance(memory, LinearMemory)
         for owner, size in enumerate((RANK * experiences, RANK)):
             memory.grow(size, owner, generator)
             memory.bank.new_values.data.normal_(std=0.02, generator=generator)
