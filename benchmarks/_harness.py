@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -76,6 +77,25 @@ def compare(
     low, high = bootstrap_median(ratios)
     a_ms, b_ms = 1e3 * statistics.median(times_a), 1e3 * statistics.median(times_b)
     return Ratio(statistics.median(ratios), low, high, a_ms, b_ms, pairs)
+
+
+def options_of(
+    parser: argparse.ArgumentParser, name: str, usual: int, argv: Sequence[str] | None, **tiny: Any
+) -> argparse.Namespace:
+    """Options that speed benchmarks share; `--smoke` takes the values of `tiny` and writes no file unasked."""
+    import torch
+
+    output = f"results/speed/{name}.json"
+    parser.add_argument("--pairs", type=int, default=usual, help="timed pairs of the two arms")
+    parser.add_argument("--threads", type=int, help="threads of torch; its own default when absent")
+    parser.add_argument("--output", default=output)
+    parser.add_argument("--smoke", action="store_true", help="a tiny setting that writes only where --output says")
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.smoke:
+        vars(options).update(tiny, output=None if options.output == output else options.output)
+    return options
 
 
 def machine() -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from perdure.memory import AtomBank, choose_path, choose_search, index_keys, read_atoms
 
-from ._harness import compare, row, write
+from ._harness import compare, options_of, row, write
 
 K, TAU, NEW, RANK = 8, 0.03, 16, 16
 TITLE = f"{'d':>5} {'N':>5}  search {'arm':<6} {'against':<12} {'ratio':>6}  {'95 % interval':<16} {'ms':>8} other ms"
@@ -168,17 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--atoms", type=int, nargs="+", default=[64, 256, 1024, 4096])
     parser.add_argument("--widths", type=int, nargs="+", default=[384, 768])
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--threads", type=int, help="threads of torch; its own default when absent")
-    parser.add_argument("--output", default="results/speed/atoms.json")
-    parser.add_argument("--smoke", action="store_true", help="a tiny setting that writes only where --output says")
-    options = parser.parse_args(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if options.smoke:
-        options.atoms, options.widths, options.tokens, options.pairs = [64, 20000], [32], 64, 3
-        if options.output == parser.get_default("output"):
-            options.output = None
+    options = options_of(parser, "atoms", 40, argv, atoms=[64, 20000], widths=[32], tokens=64, pairs=3)
     rows = measure(options.atoms, options.widths, options.tokens, options.pairs)
     if options.output is None:
         return

@@ -24,7 +24,7 @@ from perdure.memory import choose_patch_path
 from perdure.metering import Meter
 from perdure.optim_rows import RowAdamW
 
-from ._harness import compare, row, write
+from ._harness import compare, options_of, row, write
 
 
 class Gathered(PatchLayer):
@@ -109,18 +109,10 @@ def optimizers(width: int, sizes: dict[str, int], pairs: int) -> list[dict[str, 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.patches", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--threads", type=int, help="threads of torch; its own default when absent")
-    parser.add_argument("--output", default="results/speed/patches.json")
-    parser.add_argument("--smoke", action="store_true", help="a tiny setting that writes only where --output says")
-    options = parser.parse_args(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = options_of(parser, "patches", 20, argv, tokens=[32], pairs=3)
     width, sizes = 384, {"patches": 256, "k": 4, "rank": 32}
     if options.smoke:
-        width, sizes, options.tokens, options.pairs = 16, {"patches": 16, "k": 2, "rank": 4}, [32], 3
-        if options.output == parser.get_default("output"):
-            options.output = None
+        width, sizes = 16, {"patches": 16, "k": 2, "rank": 4}
     rows = [each for tokens in options.tokens for each in layers(tokens, width, sizes, options.pairs)]
     rows += optimizers(width, sizes, options.pairs)
     if options.output is None:

@@ -23,7 +23,7 @@ from perdure.layers import LinearMemory
 from perdure.memory import choose_search
 from perdure.models import load_model
 
-from ._harness import compare, row, write
+from ._harness import compare, options_of, row, write
 
 RANK, BATCH, LENGTH, WIDTH = 8, 16, 64, 384
 LINEARS = {
@@ -92,18 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hosts", nargs="+", default=["minilm", "gpt2"], choices=list(LINEARS))
     parser.add_argument("--experiences", type=int, nargs="+", default=[10, 100])
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--threads", type=int, help="threads of torch; its own default when absent")
-    parser.add_argument("--output", default="results/speed/step.json")
-    parser.add_argument("--smoke", action="store_true", help="a tiny setting that writes only where --output says")
-    options = parser.parse_args(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    length, layers = LENGTH, 6
-    if options.smoke:
-        options.hosts, options.experiences, options.pairs, length, layers = ["gpt2"], [2, 80], 2, 8, 1
-        if options.output == parser.get_default("output"):
-            options.output = None
+    options = options_of(parser, "step", 20, argv, hosts=["gpt2"], experiences=[2, 80], pairs=2)
+    length, layers = (8, 1) if options.smoke else (LENGTH, 6)
     rows = []
     for host in options.hosts:
         ids = torch.randint(1000, 2000, (BATCH, length), generator=torch.Generator().manual_seed(0))

@@ -177,8 +177,7 @@ class Learner(Loop):
             found: dict[int, Tensor] = {}
             for batch in self.batches(rows, unlabelled=True, by_length=True):
                 features = features_of(self.objective.forward(self.model, None, batch, self.pooling))
-                assert batch.index is not None
-                found |= zip(batch.index.tolist(), features, strict=True)
+                found |= zip(batch.index.tolist(), features, strict=True)  # type: ignore[union-attr]
         return torch.stack([found[number] for number in range(len(rows))])
 
     def observe(self, rows: Rows, log: RouterLog) -> None:
