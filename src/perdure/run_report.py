@@ -42,7 +42,7 @@ def report_of(run: Run, status: str) -> dict[str, Any]:
         per_class=run.accounts.table(),
         router=run.router,
         environment=run.environment,
-        notes=run.notes,
+        notes=[*run.notes, *_silence(run)],
     )
 
 
@@ -88,6 +88,10 @@ def _overlap(run: Run) -> dict[str, Any]:
     return overlap(known, [name for each in every for name in each.classes], [each.name for each in every])
 
 
+MOSTLY = 0.5
+"""Share of tokens without an open item from which a report says so in words."""
+
+
 def _plasticity(run: Run) -> dict[str, float]:
     found: dict[str, float] = {}
     measured = [value for value in run.drift if value is not None]
@@ -97,6 +101,19 @@ def _plasticity(run: Run) -> dict[str, float]:
         last = run.router_history[-1]
         found |= {name: last[name] for name in ("output_ratio", "off_rate", "new_share") if name in last}
     return found | (run.accounts.plasticity[-1] if run.accounts.plasticity else {})
+
+
+def _silence(run: Run) -> list[str]:
+    """A memory whose items nearly all stay below their threshold is no memory any more; nobody shall overlook that."""
+    last = run.router_history[-1] if run.router_history else {}
+    items = int(max((facts.get("items", 0) for facts in run.router.values()), default=0))
+    if last.get("off_rate", 0.0) <= MOSTLY or not items:
+        return []
+    said = f"At {last['off_rate']:.0%} of the tokens no item of the memory answers: there the host is as it was before."
+    settings = [f"method.{m.name}.threshold" for m in run.learner.methods if getattr(m.config, "threshold", 0)]
+    if settings:
+        said += f" Scores fall as items grow in number ({items} a map here); lower {' or '.join(settings)}."
+    return [said]
 
 
 def _cost(run: Run) -> dict[str, float]:

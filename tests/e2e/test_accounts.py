@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import random
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,15 @@ def test_directions_left_are_kept_after_every_experience(arm, name, tmp_path):
     assert "Directions for what is new" in page
     assert f"share of input directions {'protected' if name.startswith('protected') else 'left free'}" in page
     assert "Directions for what is new" not in render_run({**report, "curves": {}})
+
+
+def test_a_report_says_that_a_memory_is_silent(tmp_path):
+    silent = finished(tmp_path / "silent", "moram", "method.moram.threshold=0.999")
+    (said,) = [note for note in silent["notes"] if "no item of the memory answers" in note]
+    assert silent["plasticity"]["off_rate"] > 0.5 and "6 a map here" in said and "method.moram.threshold" in said
+    assert said in html.unescape(render_run(silent))
+    heard = finished(tmp_path / "heard", "moram", "method.moram.threshold=0")
+    assert heard["plasticity"]["off_rate"] == 0 and not [note for note in heard["notes"] if "memory" in note]
 
 
 @pytest.mark.parametrize("arm", ["moram+er", "moram-lm"])

@@ -3,6 +3,7 @@
 from .bank import SHARED, AtomBank, AtomView
 from .contrast import contrast_directions, paired
 from .effects import choose_patch_path, choose_path, choose_search, read_atoms, read_patches, sparse_delta
+from .folding import Fold, fold
 from .kernels.search import KeyIndex, index_keys
 from .merging import MergeReport, merge_duplicates
 from .observe import Observation, RouterLog, Written, is_observed, observing, report, report_written
@@ -26,6 +27,7 @@ __all__ = [
     "SHARED",
     "AtomBank",
     "AtomView",
+    "Fold",
     "InputMoments",
     "KeyIndex",
     "MergeReport",
@@ -48,6 +50,7 @@ __all__ = [
     "dot",
     "drawn_as_released",
     "effective_k",
+    "fold",
     "free_directions",
     "free_energy",
     "index_keys",

@@ -6,6 +6,7 @@ read through the folder of the sweep, which all nodes must therefore see under t
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -91,7 +92,7 @@ class Ray:
         try:
             if address != "auto":  # ray itself asks a dead address for minutes
                 socket.create_connection(_host_and_port(address), ANSWERS_WITHIN).close()
-            ray.init(address=self.address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
             raise BadInput(
                 f"--ray {self.address}: no cluster answers ({_first_line(error)}); start one with `ray start --head`, "
