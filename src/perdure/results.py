@@ -11,15 +11,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .evaluation.ledger import latest, read
-from .recipe import load_recipe, recipe_names
-
 EXTRACT = Path(__file__).with_name("_results.json")
 FIGURES = ("average_accuracy", "forgetting")
 
 
 def extract(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The newest row of every arm that a recipe of the package still has, with the plug-ins that the arm is made of."""
+    from .evaluation.ledger import latest
+    from .recipe import load_recipe, recipe_names
+
     recipes = {name.rsplit("/", 1)[-1]: load_recipe(name) for name in recipe_names()}
     found = []
     for row in latest(rows):
@@ -66,5 +66,7 @@ def _words(figure: Mapping[str, Any] | None, scale: float, digits: int) -> str:
 
 
 if __name__ == "__main__":
+    from .evaluation.ledger import read
+
     made = extract(read(sys.argv[1]))
     EXTRACT.write_text("".join(["[\n", ",\n".join(json.dumps(row) for row in made), "\n]\n"]), encoding="utf-8")

@@ -51,6 +51,12 @@ def test_commands_that_load_nothing_heavy(arguments):
     assert loaded(LOADED.format(arguments=arguments, heavy=HEAVY)) == []
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["methods", "moram"]], ids=" ".join)
+def test_listings_build_no_recipe(arguments):
+    ours = ("perdure.recipe", "perdure.evaluation.ledger", "yaml")
+    assert loaded(LOADED.format(arguments=arguments, heavy=ours)) == []
+
+
 @pytest.mark.parametrize(
     "statement",
     [

@@ -9,6 +9,8 @@ its submodules are masked; texts that occur twice, in one class or in several, a
 from __future__ import annotations
 
 import ast
+import contextlib
+import gc
 import hashlib
 import platform
 import re
@@ -153,6 +155,19 @@ def _places(folder: Path) -> dict[str, list[Path]]:
     return places
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Syntax trees are a million small objects without cycles; the collector would walk all of torch's for them, which
+    took longer than parsing."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def _texts(files: list[Path], max_chars: int) -> list[str]:
     found: list[str] = []
     for path in files:
@@ -224,7 +239,8 @@ def _masked(folder: Path, max_chars: int, preferred: bool) -> dict[str, tuple[st
     places = _places(folder)
     names = [name for name in PREFERRED if name in places]
     names += [] if preferred else sorted(set(places) - set(names))
-    texts = {name: _texts(places[name], max_chars) for name in names}
+    with _uncollected():
+        texts = {name: _texts(places[name], max_chars) for name in names}
     words = {name: _words(found) for name, found in texts.items()}
     total: Counter[str] = Counter()
     for counts in words.values():
