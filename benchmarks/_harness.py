@@ -1,4 +1,4 @@
-"""Interleaved A/B timing in one process, and the facts about the machine that a ratio depends on."""
+"""What benchmarks share: options, the facts about a machine that a ratio depends on, the file they write."""
 
 from __future__ import annotations
 
@@ -6,77 +6,21 @@ import argparse
 import json
 import os
 import platform
-import random
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from perdure.timing import Ratio, bootstrap_median, compare
 
-@dataclass(frozen=True)
-class Ratio:
-    """Time of a over time of b, pair by pair.
-
-    Attributes:
-        median: median of the pairs' ratios; below 1, a is faster.
-        low, high: 95 % bootstrap interval of that median.
-        a_ms, b_ms: median milliseconds of each arm.
-        pairs: number of pairs.
-    """
-
-    median: float
-    low: float
-    high: float
-    a_ms: float
-    b_ms: float
-    pairs: int
+__all__ = ["Ratio", "bootstrap_median", "compare", "machine", "options_of", "row", "tell", "write"]
 
 
 def tell(loop: Any, losses: dict[str, float]) -> None:
     """An `on_step` of `Learner.learn`: a line about every 100 steps."""
     if losses and loop.position.step % 100 == 1:  # losses are logged on steps 1, 11, 21 ...
         print(f"step {loop.position.step}/{loop.steps_planned} loss {losses['loss']:.3f}", flush=True)
-
-
-def bootstrap_median(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """2.5 % and 97.5 % quantiles of the median over resamples."""
-    generator = random.Random(seed)
-    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
-    return medians[int(0.025 * draws)], medians[min(int(0.975 * draws), draws - 1)]
-
-
-def _once(function: Callable[[], Any], sync: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    function()
-    sync()
-    return time.perf_counter() - start
-
-
-def compare(
-    a: Callable[[], Any], b: Callable[[], Any], *, pairs: int, warmup: int = 3, sync: Callable[[], None] = lambda: None
-) -> Ratio:
-    """Times a and b in turn, the order swapped from pair to pair, so that drift and neighbours hit both alike."""
-    for _ in range(warmup):
-        a()
-        b()
-    sync()
-    times_a, times_b = [], []
-    for pair in range(pairs):
-        if pair % 2:
-            second = _once(b, sync)
-            first = _once(a, sync)
-        else:
-            first = _once(a, sync)
-            second = _once(b, sync)
-        times_a.append(first)
-        times_b.append(second)
-    ratios = [x / y for x, y in zip(times_a, times_b, strict=True)]
-    low, high = bootstrap_median(ratios)
-    a_ms, b_ms = 1e3 * statistics.median(times_a), 1e3 * statistics.median(times_b)
-    return Ratio(statistics.median(ratios), low, high, a_ms, b_ms, pairs)
 
 
 def options_of(

@@ -355,11 +355,18 @@ def recipes() -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure which ways to compute memories are faster on this machine.")
+    ] = False,
+) -> None:
     """Looks at versions, device, disk, data and weights. Ends with 1 where something is wrong."""
-    from .doctor import examine
+    from .doctor import examine, print_speed
 
     console = _console()
+    if speed:
+        print_speed(console)
+        return
     marks = {"ok": "[green]ok[/]", "missing": "[yellow]--[/]", "wrong": "[red]!![/]"}
     found = examine()
     width = max(len(each.what) for each in found)

@@ -9,9 +9,12 @@ import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from . import models
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 State = Literal["ok", "missing", "wrong"]
 REQUIRED = ("torch", "transformers", "accelerate", "peft", "safetensors", "pydantic", "typer", "rich", "numpy")
@@ -129,3 +132,23 @@ def _minilm() -> Finding:
     if found != models.MINILM_SHA256:
         return Finding("minilm weights", f"sha256 {found[:12]}…, expected {models.MINILM_SHA256[:12]}…", "wrong", hub)
     return Finding("minilm weights", f"sha256 {found[:12]}… as expected")
+
+
+def print_speed(console: Console) -> None:
+    """Measures where ways to compute a memory cross and prints a line for each size as it is known."""
+    from .speed import TOKENS, crossings
+
+    console.print(f"forward and backward, {TOKENS} tokens; time of the second way over the first, median of pairs")
+    console.print(f"{'setting':<20} {'items':>6} {'width':>6}  {'ways':<16} {'ratio':>6}  {'interval':<14} table takes")
+    differs: set[str] = set()
+    for each in crossings():
+        ways, interval = f"{each.second} / {each.first}", f"{each.ratio.low:.2f} to {each.ratio.high:.2f}"
+        wrong = each.faster not in ("level", each.taken)
+        differs |= {each.what} if wrong else set()
+        console.print(
+            f"{each.what:<20} {each.size:>6} {each.width:>6}  {ways:<16} {each.ratio.median:>6.2f}  {interval:<14} "
+            f"{each.taken}{f' (here {each.faster} is faster)' if wrong else ''}",
+            markup=False, highlight=False,
+        )  # fmt: skip
+    if differs:
+        console.print(f"set by hand where it matters: {', '.join(sorted(differs))}", markup=False)

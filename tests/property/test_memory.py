@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from perdure.memory import (
     choose_path,
+    dispatch,
     open_items,
     read_atoms,
     select,
     self_activation,
     weight,
 )
-from perdure.memory.kernels import atoms
 from perdure.memory.routing import _select_packed, select_with_reserve
 
 FAST = ["dense", "gather"]
@@ -118,12 +118,12 @@ def test_the_gram_form_of_the_input_gradient_is_exact(seed, old, new, threshold)
     x, bank, options = build(case | {"renormalise": False, "scale": 1.0}, torch.float64)
     grad_y = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     _, _, want = run(x, bank, options, "reference", grad_y)
-    before = atoms.MAKE_GRAM_FROM
-    atoms.MAKE_GRAM_FROM = threshold
+    before = dispatch.TABLE["cpu"]
+    dispatch.TABLE["cpu"] = before._replace(make_gram=threshold)
     try:
         _, _, have = run(x, bank, options, "gather", grad_y)
     finally:
-        atoms.MAKE_GRAM_FROM = before
+        dispatch.TABLE["cpu"] = before
     assert have is not None and want is not None
     for a, b in zip(have, want, strict=True):
         close(a, b, torch.float64, f"threshold {threshold}")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perdure.layers import LinearMemory, linear
-from perdure.memory import effects, index_keys, read_atoms
+from perdure.memory import dispatch, index_keys, read_atoms
 from perdure.memory.kernels.search import _gathered, nearest, responses_of
 from perdure.memory.routing import select
 
@@ -152,7 +152,7 @@ def test_a_layer_indexes_its_old_keys_once_per_growth(old, training, monkeypatch
 
 
 def test_a_layer_that_searches_coarsely_answers_nearly_as_one_that_does_not(monkeypatch):
-    monkeypatch.setattr(effects, "COARSE_FROM", 12 * 512)
+    monkeypatch.setitem(dispatch.TABLE, "cpu", dispatch.TABLE["cpu"]._replace(coarse=12 * 512))
     x = torch.randn(200, 12, generator=torch.Generator().manual_seed(2))
     exact, coarse = (layer_of(800, search).eval() for search in ("exact", "coarse"))
     assert coarse(x).shape == (200, 6) and coarse._indexed is not None and coarse._indexed[1].codes is not None

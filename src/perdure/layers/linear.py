@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..memory import AtomBank, AtomView, KeyIndex, choose_search, index_keys, is_observed, read_atoms, report
-from ..memory.effects import Path, Search
+from ..memory.dispatch import Path, Search
 from ..memory.routing import Routing
 
 
@@ -115,7 +115,9 @@ class LinearMemory(nn.Module):
     def _search(self, view: AtomView) -> dict[str, Any]:
         """How to find atoms among the frozen keys; their index is made once per state of these keys."""
         keys = view.frozen_keys
-        search, wanted = choose_search(keys.shape[0], self.bank.in_features, self.k, self.search)
+        search, wanted = choose_search(
+            keys.shape[0], self.bank.in_features, self.k, self.search, keys.device.type
+        )
         if not wanted or self.path == "reference" or keys.requires_grad or keys.is_inference():
             return {}
         state = ((keys, keys._version, keys.data_ptr()),)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..memory import is_observed, read_patches, report
-from ..memory.effects import PatchPath
+from ..memory.dispatch import PatchPath
 
 INIT_STD = 0.02
 

@@ -2,7 +2,8 @@
 
 from .bank import SHARED, AtomBank, AtomView
 from .contrast import contrast_directions, paired
-from .effects import choose_patch_path, choose_path, choose_search, read_atoms, read_patches, sparse_delta
+from .dispatch import choose_patch_path, choose_path, choose_search
+from .effects import read_atoms, read_patches, sparse_delta
 from .folding import Fold, fold
 from .kernels.search import KeyIndex, index_keys
 from .merging import MergeReport, merge_duplicates

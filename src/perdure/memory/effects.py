@@ -9,38 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .kernels.atoms import GRAM_FROM, Choice, Respond, dense_values, gather_values, joined
-from .kernels.search import CANDIDATES, KeyIndex
+from .dispatch import PatchPath, Path, Search, choose_patch_path, choose_path
+from .kernels.atoms import Choice, Respond, dense_values, gather_values, joined
+from .kernels.search import KeyIndex
 from .kernels.sparse import Entries, SparseDelta
 from .routing import Routing, cosine, effective_k, open_items, routing_dtype, select, weight
-
-Path = Literal["auto", "reference", "dense", "gather"]
-Search = Literal["exact", "coarse"]
-
-# Gathering touches k values per token at the speed of memory, a dense product all N at the speed of the processor.
-# Whole layer on CPU, one thread, k = 2, 8, 16, d = 384, 768: equal within noise up to N = 3 k, gathering level or ahead
-# beyond. Not measured on GPU.
-GATHER_FROM = 4  # times k
-
-# n d from which a coarse search pays, and n / d: fewer keys than features cost less themselves than the Gram matrix.
-# CPU, one thread: a step of MiniLM (d = 384, n = 800) took 1.1 times as long with it, reads at d = 768 took 0.6 times.
-COARSE_FROM, COARSE_SHAPE = 1 << 19, 1.25
-
-# Forward and backward on CPU, one thread, 1024 tokens, k = 4, C = 128, r = 8: one dense product took 1.0 times the
-# grouped ones at K = 32, 1.8 times at K = 64, 2.4 times at K = 128. Not measured on GPU, where grouping waits once.
-GROUP_FROM = 8  # times k
-
-
-def choose_path(size: int, k: int, device: torch.device | str = "cpu") -> Literal["dense", "gather"]:
-    """The faster way to apply the values of N = size atoms, k of them selected."""
-    return "gather" if size >= GATHER_FROM * k else "dense"
-
-
-def choose_search(old: int, width: int, k: int, search: Search) -> tuple[Search, bool]:
-    """How n = old frozen keys of `width` features are searched, and whether an index of them pays."""
-    large = old * width >= COARSE_FROM and old >= COARSE_SHAPE * width and old >= 4 * CANDIDATES * k
-    coarse = large and search == "coarse"
-    return ("coarse" if coarse else "exact"), coarse or old >= GRAM_FROM * width
 
 
 def sparse_delta(
@@ -172,7 +145,7 @@ def read_atoms(
     needs_frozen = frozen_keys.shape[0] > 0 and (frozen_keys.requires_grad or frozen_values.requires_grad)
     needs_frozen = needs_frozen and torch.is_grad_enabled()
     if path == "auto":
-        path = "reference" if needs_frozen else choose_path(size, effective_k(k, size, min_k), x.device)
+        path = "reference" if needs_frozen else choose_path(size, effective_k(k, size, min_k), device)
     elif needs_frozen and path != "reference":
         raise ValueError(f"path: found {path!r}, but frozen items ask for a gradient; use 'auto' or 'reference'")
     with torch.autocast(device_type=device, enabled=False):
@@ -231,14 +204,6 @@ def _check(
 
 
 # ---- low-rank patches
-PatchPath = Literal["auto", "reference", "dense", "grouped"]
-
-
-def choose_patch_path(size: int, k: int) -> Literal["dense", "grouped"]:
-    """The faster way to apply K = size patches, k of them selected."""
-    return "grouped" if size >= GROUP_FROM * k else "dense"
-
-
 def read_patches(
     x: Tensor, prototypes: Tensor, code: Tensor, gate_scale: Tensor, gate_bias: Tensor, decoders: Tensor,
     *, k: int, tau: float, gamma: float = 1.0, path: PatchPath = "auto",
@@ -269,7 +234,7 @@ def read_patches(
     dtype = routing_dtype(x, prototypes, decoders)
     leading, size = x.shape[:-1], prototypes.shape[0]
     if path == "auto":
-        path = choose_patch_path(size, effective_k(k, size))
+        path = choose_patch_path(size, effective_k(k, size), device)
     with torch.autocast(device_type=device, enabled=False):
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         p, v, a, b, u = (t.to(dtype) for t in (prototypes, code, gate_scale, gate_bias, decoders))

@@ -87,6 +87,8 @@ class APN(Method):
         row_wise: bool = True
         """A patch that no token visited in a step does not move. False: AdamW as released."""
         layers: list[int] | None = None
+        path: Literal["auto", "reference", "dense", "grouped"] = "auto"
+        """How patches are computed; auto: by a measured table (ours; `perdure doctor --speed`)."""
 
         @model_validator(mode="after")
         def _enough(self) -> APN.Config:
@@ -111,7 +113,7 @@ class APN(Method):
         for place in places:
             self.modules[place.name] = PatchLayer(
                 place.in_features, place.out_features, patches=config.patches, k=config.top_k, rank=config.rank,
-                tau=config.temperature, gamma=config.gamma, dropout=config.dropout, site=place.name,
+                tau=config.temperature, gamma=config.gamma, dropout=config.dropout, site=place.name, path=config.path,
                 depth=len(host.blocks(place.tower)) if config.place == "replace" else None,
             ).to(place.sites[0].device)  # fmt: skip
         self._handles: list[Handle | Replacement] = [

@@ -91,6 +91,8 @@ class MoRAM(Method):
         """Where new keys start: drawn at random, as published, or along what older experiences have not had (ours)."""
         search: Literal["exact", "coarse"] = "exact"
         """Of a large bank (from 960 atoms of width 768): score all, or only 2 k that 8-bit codes find (ours)."""
+        path: Literal["auto", "reference", "dense", "gather"] = "auto"
+        """How the chosen values are summed; auto: by a measured table (ours; `perdure doctor --speed`)."""
         key_rows: int = Field(128, ge=1)
         """Training rows from which contrast keys are made, evenly spaced."""
 
@@ -127,6 +129,7 @@ class MoRAM(Method):
                 site.in_features, site.out_features, site=site.name, k=config.top_k, tau=config.temperature,
                 delta=config.threshold, renormalise=config.renormalise, scale=config.scale, eps=config.eps,
                 dropout=config.dropout, min_k=config.min_k, reserve=config.reserve, search=config.search,
+                path=config.path,
             )  # fmt: skip
             self._handles.append(site.add("moram", memory))
             self.modules[site.name] = memory

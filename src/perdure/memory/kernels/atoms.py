@@ -19,13 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..dispatch import CANDIDATES, crossovers
 from ..routing import effective_k, response_norm, select_with_reserve
-from .search import CANDIDATES, KeyIndex, nearest, responses_of
-
-# n / d above which dL/dx takes the norm's part through the Gram matrix, where one is at hand and where it must be made
-# first. Two sides of d are level in multiply-adds.
-GRAM_FROM = 1.0
-MAKE_GRAM_FROM = 1.5
+from .search import KeyIndex, nearest, responses_of
 
 
 class Choice(NamedTuple):
@@ -92,8 +88,9 @@ class Respond(torch.autograd.Function):
             indices = select_with_reserve(p, choice.k, choice.min_k, choice.reserve, old)
             chosen, p_new = p.gather(1, indices), p[:, old:]
         scores = chosen / norm
-        gram = index.gram if index is not None and old >= GRAM_FROM * x.shape[1] else None
-        if through is None and gram is None and not (old > MAKE_GRAM_FROM * x.shape[1] and x.shape[0] > x.shape[1]):
+        row = crossovers(x.device.type)
+        gram = index.gram if index is not None and old >= row.gram * x.shape[1] else None
+        if through is None and gram is None and not (old > row.make_gram * x.shape[1] and x.shape[0] > x.shape[1]):
             kept = p
         else:
             kept = p_new.clone()  # not a view, which would keep all of p

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CANDIDATES = 2  # times k
-"""Recall of the true top 8 with 16 candidates: 1.000 on random keys, see benchmarks.atoms."""
 _AT_ONCE = 1 << 20
 """Numbers held at once: on a CPU the coarse scores of so many stay in its cache."""
 _LEAST = 1e-30  # an all-zero row has codes of zero
