@@ -33,6 +33,7 @@ OUTPUT = "results/scaling.json"
 ROLES = ("query", "attention_output", "ffn_in", "ffn_out")
 FIRST = 10  # experiences whose own atoms stand at the head of a simulated bank
 TRAINED, SIMULATED = (1, 2, 5, 10, 20, 50), (10, 100, 1000, 10_000)
+MEANT_FOR = 80  # atoms: ten experiences of eight; `silent_falling` is under `threshold_atoms` of this
 ROWS = 12  # training rows of every experience that consolidation looks at
 
 
@@ -72,11 +73,14 @@ def said(
 ) -> dict[str, float]:
     """How a bank answers inputs x of an experience whose own atoms are marked in `own` [N]."""
     free, routing = answer(x, keys, values, settings, 0.0)
-    held, _ = answer(x, keys, values, settings, settings["threshold"])
+    delta = settings["threshold"]
+    held, _ = answer(x, keys, values, settings, delta)
+    falling = delta * min(1.0, (MEANT_FOR / len(keys)) ** 0.5)
     best = routing.scores.max(-1).values
     facts = {
         "best_score": float(best.median()),
-        "silent": float((best < settings["threshold"]).float().mean()),
+        "silent": float((best < delta).float().mean()),
+        "silent_falling": float((best < falling).float().mean()),
         "own_share": float(own[routing.indices].float().mean()),
     }
     for name, now in (("free", free), ("held", held)):

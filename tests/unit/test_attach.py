@@ -210,6 +210,21 @@ def test_golden_vectors_through_the_layer(settings, expected):
     torch.testing.assert_close(layer.train()(x), open_)
 
 
+def test_the_threshold_falls_with_the_number_of_atoms_it_competes_among():
+    x = torch.tensor([[3.0, 4.0, 0.0]])
+    strict = memory(delta=0.8).eval()  # scores .63 and .5: silent
+    assert torch.equal(strict(x), torch.zeros(1, 2))
+    for atoms, delta in ((4, 0.8), (9, 0.8), (1, 0.4)):  # 4 atoms compete: 0.8 sqrt(atoms / 4), at most 0.8
+        layer = memory(delta=0.8, delta_atoms=atoms).eval()
+        assert layer.threshold(4) == pytest.approx(delta)
+        assert torch.equal(layer(x), memory(delta=delta).eval()(x))
+    layer = memory(delta=0.8, delta_atoms=1).eval()
+    before = layer(x)
+    layer.grow(96, owner=2)  # never trained: they do not compete, and do not count
+    assert torch.equal(layer(x), before) and bool((before != 0).all())
+    assert memory(delta=None, delta_atoms=1).threshold(4) is None and memory(delta=0.8).threshold(10**6) == 0.8
+
+
 def test_empty_atoms_take_no_part_in_evaluation_but_do_in_training():
     x = torch.tensor([[3.0, 4.0, 0.0]])
     layer = memory(k=8).eval()
@@ -257,7 +272,9 @@ def test_dropout_only_in_training_and_report_under_the_site_name():
     assert log.sites == ["3.query"] and log.summary()["3.query"]["tokens"] == 24
 
 
-@pytest.mark.parametrize("wrong", [{"k": 0}, {"tau": 0.0}, {"dropout": 1.0}, {"eps": 0.0}, {"min_k": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"k": 0}, {"tau": 0.0}, {"dropout": 1.0}, {"eps": 0.0}, {"min_k": 0}, {"delta_atoms": 0}]
+)
 def test_settings_out_of_range(wrong):
     with pytest.raises(BadInput, match=f"{next(iter(wrong))}: found"):
         LinearMemory(3, 2, **wrong)

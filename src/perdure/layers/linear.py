@@ -26,6 +26,8 @@ class LinearMemory(nn.Module):
         site: name under which routing is reported, e.g. "3.query".
         k: atoms per token. tau: temperature of the softmax over their scores.
         delta: least score of an atom that answers in evaluation; 0 or None for no threshold.
+        delta_atoms: number of atoms that delta is meant for: with N more of them it is delta * sqrt(delta_atoms / N)
+            (ours), because the scores of N atoms that answer alike are of order 1 / sqrt(N). None: delta, as published.
         renormalise: makes the weights of the open atoms sum to 1 again.
         scale: factor on the values of new atoms while they train; folded into the values by `freeze` and `grow`.
         eps: smallest norm of the responses.
@@ -50,6 +52,7 @@ class LinearMemory(nn.Module):
         k: int = 8,
         tau: float = 0.03,
         delta: float | None = 0.2,
+        delta_atoms: int | None = None,
         renormalise: bool = False,
         scale: float = 1.0,
         eps: float = 1e-8,
@@ -63,16 +66,18 @@ class LinearMemory(nn.Module):
     ):
         super().__init__()
         limits = {"k": k >= 1, "min_k": min_k >= 1, "tau": tau > 0, "eps": eps > 0, "dropout": 0 <= dropout < 1}
-        limits["reserve"] = 0 <= reserve <= k
+        limits |= {"reserve": 0 <= reserve <= k, "delta_atoms": delta_atoms is None or delta_atoms >= 1}
         for name, right in limits.items():
             if not right:
                 allowed = {"dropout": "at least 0 and below 1", "k": "at least 1", "min_k": "at least 1"}
+                allowed["delta_atoms"] = "at least 1, or None"
                 allowed["reserve"] = f"between 0 and k, which is {k}"
                 raise BadInput(f"{name}: found {locals()[name]}; must be {allowed.get(name, 'above 0')}")
         self.bank = AtomBank(in_features, out_features, dtype=dtype, device=device)
         self.site, self.path = site, path
         self.search: Search = search
         self.k, self.tau, self.delta, self.renormalise = k, tau, delta, renormalise
+        self.delta_atoms = delta_atoms
         self.scale, self.eps, self.dropout, self.min_k, self.reserve = scale, eps, dropout, min_k, reserve
         self._kept: tuple[Any, AtomView] | None = None
         self._indexed: tuple[Any, KeyIndex] | None = None
@@ -84,7 +89,14 @@ class LinearMemory(nn.Module):
         """[..., d_in] -> [..., d_out], in x's dtype (autocast's inside autocast)."""
         if self.training:
             return self.read(self.bank.view(), F.dropout(x, self.dropout), delta=None, reserve=self.reserve)
-        return self.read(self._view(), x, delta=self.delta)
+        view = self._view()
+        return self.read(view, x, delta=self.threshold(view.frozen_keys.shape[0] + view.new_keys.shape[0]))
+
+    def threshold(self, size: int) -> float | None:
+        """The delta that holds among `size` atoms."""
+        if not self.delta or self.delta_atoms is None or size <= self.delta_atoms:
+            return self.delta
+        return self.delta * (self.delta_atoms / size) ** 0.5
 
     def read(self, view: AtomView, x: Tensor, delta: float | None, reserve: int = 0) -> Tensor:
         """The output that the atoms of `view` give for x [..., d_in], with this layer's settings."""

@@ -70,6 +70,8 @@ class MoRAM(Method):
         """Softmax temperature τ. Published: .01 (X-TAIL), .03 (TRACE)."""
         threshold: float = Field(0.2, ge=0, lt=1)
         """Score δ below which an atom is silent in evaluation. Published: .2."""
+        threshold_atoms: int | None = Field(None, ge=1)
+        """Atoms that the threshold is meant for: among N more of them it is δ · √(threshold_atoms / N) (ours)."""
         renormalise: bool = False
         """Let the weights of the atoms above the threshold sum to one. The released code does not."""
         scale: float = Field(1.0, gt=0)
@@ -127,9 +129,9 @@ class MoRAM(Method):
         for site in self._sites:
             memory = LinearMemory(
                 site.in_features, site.out_features, site=site.name, k=config.top_k, tau=config.temperature,
-                delta=config.threshold, renormalise=config.renormalise, scale=config.scale, eps=config.eps,
-                dropout=config.dropout, min_k=config.min_k, reserve=config.reserve, search=config.search,
-                path=config.path,
+                delta=config.threshold, delta_atoms=config.threshold_atoms, renormalise=config.renormalise,
+                scale=config.scale, eps=config.eps, dropout=config.dropout, min_k=config.min_k, reserve=config.reserve,
+                search=config.search, path=config.path,
             )  # fmt: skip
             self._handles.append(site.add("moram", memory))
             self.modules[site.name] = memory
