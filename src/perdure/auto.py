@@ -28,6 +28,8 @@ from .registry import METHODS, OBJECTIVES
 NAME = "auto"
 EXTRACT = Path(__file__).with_name("_auto.json")
 FIGURE = "validation_average"
+LEAST_SEEDS = 3
+"""Of a row that may decide; fewer are an illustration."""
 IMAGE_FAMILIES = ("vit", "clip")
 OF_ONE_MODEL = ("weights", "parameters", "pretrain")
 SEED_METHODS = ("moram", "rwf", "seta", "apn")
@@ -43,7 +45,7 @@ perdure compare my.yaml --methods auto,lora,er
 ```
 
 Made by `python -m perdure.auto docs/auto.md results/ledger.jsonl`. Rows whose runs scored no validation rows at the end
-are not in it. Figures are means over the seeds of the ledger; over several streams, arithmetic means of accuracies and
+and rows of fewer than three seeds are not in it. Figures are means over the seeds of the ledger; over several streams, arithmetic means of accuracies and
 geometric means of perplexities.
 """
 
@@ -152,38 +154,41 @@ def _shown(value: float | None) -> str:
 def extract(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What `choose` may offer, best first within each kind and scenario.
 
-    Rows without `run` or validation figures, and arms that have all data at once or task ids at test, are left out.
+    Rows without `run` or validation figures, those of fewer than `LEAST_SEEDS` seeds, and arms that have all data at
+    once or task ids at test, are left out. An arm is its name and its head.
     """
     from .evaluation.ledger import latest
     from .recipe import load_recipe
 
-    groups: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    groups: dict[tuple[str, str], dict[str, dict[tuple[str, str | None], Mapping[str, Any]]]] = {}
+    found: dict[tuple[str, str, str, str | None], dict[str, Any]] = {}
     for row in latest(rows):
         figure = row["metrics"].get(FIGURE)
-        if not figure or figure["mean"] is None or not row.get("run"):
+        if not figure or figure["mean"] is None or not row.get("run") or len(row["seeds"]) < LEAST_SEEDS:
             continue
         recipe = load_recipe(row["run"][0], row["run"][1:])
         if row["method"] not in recipe.arms or _is_bound(recipe.arms[row["method"]].method):
             continue
         key = (_kind(recipe._base), _scenario(recipe._base))
-        groups.setdefault(key, {}).setdefault(row["recipe"], {})[row["method"]] = row
+        groups.setdefault(key, {}).setdefault(row["recipe"], {})[row["method"], row["head"]] = row
         arm = recipe.arms[row["method"]].model_dump(mode="json", exclude_defaults=True)
-        found.setdefault((*key, row["method"]), arm)
+        found.setdefault((*key, row["method"], row["head"]), arm)
     offers = []
     for (kind, scenario), streams in sorted(groups.items()):
         everywhere = set.intersection(*(set(arms) for arms in streams.values()))
         sign = -1 if OBJECTIVES.get(kind.split()[0]).higher_is_better else 1
-        group = [
-            {
-                "kind": kind, "scenario": scenario, "arm": arm, "settings": found[kind, scenario, arm],
-                "stores_rows": _stores(found[kind, scenario, arm]["method"]),
-                "withheld": _withheld(found[kind, scenario, arm]["method"]),
-                "validation": {stream: arms[arm]["metrics"][FIGURE]["mean"] for stream, arms in streams.items()},
-                "test": {stream: _tested_mean(arms[arm]["metrics"]) for stream, arms in streams.items()},
-            }
-            for arm in everywhere
-        ]  # fmt: skip
+        group = []
+        for arm, head in everywhere:
+            settings = found[kind, scenario, arm, head]
+            rows_of = {stream: arms[arm, head]["metrics"] for stream, arms in streams.items()}
+            group.append(
+                {
+                    "kind": kind, "scenario": scenario, "arm": arm, "settings": settings,
+                    "stores_rows": _stores(settings["method"]), "withheld": _withheld(settings["method"]),
+                    "validation": {stream: metrics[FIGURE]["mean"] for stream, metrics in rows_of.items()},
+                    "test": {stream: _tested_mean(metrics) for stream, metrics in rows_of.items()},
+                }
+            )  # fmt: skip
         offers += sorted(group, key=lambda offer: (sign * mean(offer["validation"].values()), offer["arm"]))
     return offers
 

@@ -38,7 +38,7 @@ def row(folder, named, arm, valid, test=0.5, **changes):
     path.write_text(yamltext.dump(settings(name=named, **changes)), encoding="utf-8")
     figures = {"validation_average": valid, "average_accuracy": test}
     metrics = {name: {"mean": value, "low": None, "high": None} for name, value in figures.items() if value is not None}
-    facts = {"recipe": named, "method": arm, "head": None, "model": "m", "stream": "s"}
+    facts = {"recipe": named, "method": arm, "head": None, "model": "m", "stream": "s", "seeds": [0, 1, 2]}
     return {**facts, "metrics": metrics, "run": [str(path)]}
 
 
@@ -65,6 +65,20 @@ def test_the_best_on_validation_rows_of_all_streams_of_a_kind_comes_first(offers
 def test_test_figures_decide_nothing(tmp_path):
     rows = [row(tmp_path, "one", "er", 0.6, test=0.1), row(tmp_path, "one", "probe", 0.5, test=0.9)]
     assert auto.extract(rows)[0]["arm"] == "er"
+
+
+def test_an_illustration_of_one_seed_decides_nothing(tmp_path):
+    rows = [row(tmp_path, "one", "er", 0.6), row(tmp_path, "one", "probe", 0.5)]
+    rows.append(row(tmp_path, "long", "probe", 0.9) | {"seeds": [0]})
+    assert auto.extract(rows)[0]["arm"] == "er"
+    assert not auto.extract([one | {"seeds": [0, 1]} for one in rows])
+
+
+def test_arms_of_one_name_under_different_heads_are_different_arms(tmp_path):
+    rows = [row(tmp_path, "one", "moram", 0.6), row(tmp_path, "one", "probe", 0.5)]
+    rows += [row(tmp_path, "two", "moram", 0.9) | {"head": "ridge"}, row(tmp_path, "two", "probe", 0.5)]
+    (only,) = auto.extract(rows)
+    assert only["arm"] == "probe" and only["validation"] == {"one": 0.5, "two": 0.5}
 
 
 def test_only_what_is_granted_is_taken_and_the_buffer_is_the_granted_one(tmp_path):
