@@ -45,8 +45,8 @@ perdure compare my.yaml --methods auto,lora,er
 ```
 
 Made by `python -m perdure.auto docs/auto.md results/ledger.jsonl`. Rows whose runs scored no validation rows at the end
-and rows of fewer than three seeds are not in it. Figures are means over the seeds of the ledger; over several streams, arithmetic means of accuracies and
-geometric means of perplexities.
+and rows of fewer than three seeds are not in it. Figures are means over the seeds of the ledger; over several streams,
+arithmetic means of accuracies and geometric means of perplexities.
 """
 
 
