@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -134,7 +135,9 @@ def run_job(arguments: Sequence[str], log: str, folder: str, environment: dict[s
             env={**os.environ, **environment, **ONE_THREAD},
         )  # fmt: skip
         try:
-            return process.wait()
+            while process.poll() is None:  # a cancellation is no signal: it would not end a wait for the process
+                time.sleep(PAUSE)
+            return process.returncode
         finally:  # cancelled
             if process.poll() is None:
                 process.terminate()
