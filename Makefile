@@ -32,6 +32,7 @@ speed: install
 	$(BIN)/python -m benchmarks.atoms
 	$(BIN)/python -m benchmarks.patches
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.prompts
 	$(BIN)/python -m benchmarks.loop
 
 # Metrics against avalanche-lib, scikit-learn and SciPy, in a temporary environment (about 1 GB while it runs).
