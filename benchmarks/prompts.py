@@ -3,10 +3,10 @@
     python -m benchmarks.prompts            # a ViT-B/16's shape (197 tokens), a small ViT (65 tokens), MiniLM (48)
     python -m benchmarks.prompts --smoke    # seconds; the numbers mean nothing
 
-Inference without gradients. `rwf`: ten prompts retrieved from a block's own tokens in the first three blocks (one of
-2 in the smoke setting); `static_prompts`: as many that are the same for every input; `l2p`: a pool of ten, of which a
-pass of the frozen host chooses five of length five, so that every input is read twice. Weights of the ViTs are random:
-what is timed does not depend on them. Ratios are method / frozen host, pair by pair.
+Inference without gradients. `rwf`: ten prompts retrieved from a block's own tokens in the first three blocks (the
+first alone in the smoke setting); `static_prompts`: as many that are the same for every input; `l2p`: a pool of ten, of
+which a pass of the frozen host chooses five of length five, so that every input is read twice. The ViTs' weights are
+random: what is timed does not depend on them. Ratios are method / frozen host, pair by pair.
 """
 
 from __future__ import annotations

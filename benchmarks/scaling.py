@@ -3,7 +3,7 @@
     perdure run clinc150-long method=moram
     python -m benchmarks.scaling runs/clinc150-long/moram/seed-0
 
-Three parts, on some linear maps of the run's host and on inputs of its first experience:
+Four parts, on some linear maps of the run's host and on inputs of its first experience:
 
 `trained`: the run's own atoms, cut off after 1, 2, 5 ... experiences. `simulated`: atoms drawn so that keys and values
 have, jointly, the mean and covariance of the trained ones, behind the first ten experiences' own atoms, up to 10,000
@@ -78,6 +78,9 @@ def said(
     falling = delta * min(1.0, (MEANT_FOR / len(keys)) ** 0.5)
     best = routing.scores.max(-1).values
     facts = {
+        "atoms": len(keys),
+        "expected_best": expected_best(len(keys)),
+        "chance": float(own.float().mean()),
         "best_score": float(best.median()),
         "silent": float((best < delta).float().mean()),
         "silent_falling": float((best < falling).float().mean()),
@@ -110,8 +113,7 @@ def trained(
         for name, (keys, values, owners) in banks.items():
             seen = owners < count
             rows.append(said(x[name], keys[seen], values[seen], owners[seen] == 0, before[name], settings))
-            size = int(seen.sum())
-        yield {"experiences": count, "atoms": size, "expected_best": round(expected_best(size), 4), **mean_of(rows)}
+        yield {"experiences": count, **mean_of(rows)}
 
 
 def simulated(
@@ -129,8 +131,7 @@ def simulated(
             all_keys, all_values = (torch.cat([part[side] for part in parts]) for side in (0, 1))
             own = torch.cat([owners[first] == 0, torch.zeros(len(all_keys) - int(first.sum()), dtype=torch.bool)])
             rows.append(said(x[name], all_keys, all_values, own, before[name], settings))
-            size = len(all_keys)
-        yield {"experiences": count, "atoms": size, "expected_best": round(expected_best(size), 4), **mean_of(rows)}
+        yield {"experiences": count, **mean_of(rows)}
 
 
 # ---- what it costs
