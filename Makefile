@@ -32,6 +32,7 @@ speed: install
 	$(BIN)/python -m benchmarks.atoms
 	$(BIN)/python -m benchmarks.patches
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.experts
 	$(BIN)/python -m benchmarks.prompts
 	$(BIN)/python -m benchmarks.loop
 

@@ -30,6 +30,7 @@ LINEARS = {
     "minilm": r".*encoder\.layer\.\d+\..*(query|key|value|attention.output.dense|intermediate.dense|output.dense)",
     "gpt2": r".*h\.\d+\..*(c_attn|c_proj|c_fc)",
 }
+TRAINED = ("bank.new_keys", "bank.new_values", "perdure_seta.weight", "perdure_seta.bias")
 
 
 def model_of(host: str, layers: int) -> nn.Module:
@@ -62,7 +63,7 @@ def lora(host: str, layers: int) -> nn.Module:
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for n, p in model.named_parameters() if "lora_" in n or n.endswith(("bank.new_keys", "bank.new_values"))]
+    return [p for n, p in model.named_parameters() if "lora_" in n or n.endswith(TRAINED)]
 
 
 def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:

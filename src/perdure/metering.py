@@ -26,9 +26,23 @@ if TYPE_CHECKING:
     from .learner import Learner
     from .streams.experience import Experience
 
-# Attention on the CPU, which torch's own table leaves out.
+
+def _sparse_product(total: Tensor, left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
+    """`total.addmm_(left, right)`: the entries that a sparse `left` holds, each with a row of `right`."""
+    entries = left._nnz() if left.layout is torch.sparse_coo else left.numel()
+    return 2 * entries * right.shape[1]
+
+
+def _sampled_product(pattern: Tensor, left: Tensor, *_: Any, **__: Any) -> int:
+    """`sampled_addmm`: an inner product for each entry of the pattern."""
+    return 2 * pattern._nnz() * left.shape[1]
+
+
+# Attention on the CPU and products with sparse matrices, which torch's own table leaves out.
 _FORMULAS = {
     **flop_registry,
+    torch.ops.aten.addmm_: _sparse_product,
+    torch.ops.aten.sparse_sampled_addmm: _sampled_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }

@@ -53,10 +53,12 @@ def test_worked_example():
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("sampled", [True, False])
 @pytest.mark.parametrize(("share", "chunk"), [(0.004, 1 << 22), (0.004, 40), (0.2, 1 << 22)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_fast_path_equals_the_reference(share, chunk, dtype, monkeypatch):
+def test_fast_path_equals_the_reference(share, chunk, dtype, sampled, monkeypatch):
     monkeypatch.setattr(kernel, "_AT_ONCE", chunk)
+    monkeypatch.setattr(kernel, "SAMPLED_ON", ("cpu",) if sampled else ())
     rows, columns, tokens = 40, 60, 17
     dense = random_deltas(3, rows, columns, share).to(dtype)
     bank = bank_of(dense, frozen=(1,))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from perdure.data import Batch
+from perdure.memory import SparseBank, Support, sparse_delta
 from perdure.metering import Meter, inference, tokens_of
 
 
@@ -45,6 +46,19 @@ def test_attention_counts_on_the_cpu():
     with Meter() as meter:
         out.sum().backward()
     assert meter.flops == 5 * forward  # scores again, and gradients of weights, values, queries and keys
+
+
+def test_sparse_products_count_their_entries():
+    bank = SparseBank(48, 32)
+    places = torch.randperm(48 * 32)[:100].int()
+    expert = torch.arange(100, dtype=torch.int32) % 2
+    bank.set(Support(places, expert, torch.randn(100), torch.ones(100)), [1])
+    x, gates = torch.randn(8, 48, requires_grad=True), torch.rand(8, 2, requires_grad=True)
+    with Meter() as meter:
+        y = sparse_delta(x, gates, bank.frozen_values, bank.new_values, *bank.entries(), 32)
+        assert meter.flops == 2 * 8 * 100
+        y.sum().backward()
+    assert meter.flops == 2 * 8 * (100 + 100 + 50)  # back through all, and the values of the one that trains
 
 
 def test_nothing_is_changed_by_counting():

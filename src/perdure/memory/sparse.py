@@ -94,7 +94,11 @@ class SparseBank(nn.Module):
             segments.append((number, start, start + count))
             start += count
         index = index.long()
-        return Entries(index // self.in_features, index % self.in_features, tuple(segments))
+        rows, columns = index // self.in_features, index % self.in_features
+        each = torch.arange(self.out_features + 1, device=index.device)
+        starts = [torch.searchsorted(rows[start:stop], each) for _, start, stop in segments]
+        row_starts = torch.stack(starts) if starts else index.new_empty(0, self.out_features + 1)
+        return Entries(rows, columns, tuple(segments), row_starts)
 
     # ---- layout
     @torch.no_grad()

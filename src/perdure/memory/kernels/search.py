@@ -86,14 +86,19 @@ def responses_of(x: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
     """a_i . x_t of chosen keys: [T, d], [n, d], [T, c] in rising order -> [T, c]."""
     tokens, count = chosen.shape
     if x.device.type == "cpu":
-        _expect_csr()
-        start = torch.arange(0, tokens * count + 1, count)
-        empty = torch.sparse_csr_tensor(
-            start, chosen.flatten(), x.new_zeros(tokens * count), (tokens, keys.shape[0]), check_invariants=False
-        )
         # One pass over the chosen rows; gathering them first took ten times as long.
-        return torch.sparse.sampled_addmm(empty, x, keys.t(), beta=0.0).values().reshape(tokens, count)
+        starts = torch.arange(0, tokens * count + 1, count)
+        return sampled_products(starts, chosen.flatten(), x, keys).reshape(tokens, count)
     return _gathered(x, keys, chosen)
+
+
+def sampled_products(row_starts: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """left[row] . right[column] of chosen pairs on a CPU: [R + 1], [n] int64, [R, d], [C, d] -> [n]."""
+    _expect_csr()
+    empty = torch.sparse_csr_tensor(
+        row_starts, columns, left.new_zeros(columns.shape), (left.shape[0], right.shape[0]), check_invariants=False
+    )
+    return torch.sparse.sampled_addmm(empty, left, right.t(), beta=0.0).values()
 
 
 def _gathered(x: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
