@@ -29,12 +29,7 @@ lint: install
 	$(BIN)/pyright
 
 speed: install
-	$(BIN)/python -m benchmarks.atoms
-	$(BIN)/python -m benchmarks.patches
-	$(BIN)/python -m benchmarks.step
-	$(BIN)/python -m benchmarks.experts
-	$(BIN)/python -m benchmarks.prompts
-	$(BIN)/python -m benchmarks.loop
+	$(BIN)/python -m benchmarks
 
 # Metrics against avalanche-lib, scikit-learn and SciPy, in a temporary environment (about 1 GB while it runs).
 agreement: install

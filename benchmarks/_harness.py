@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from typing import Any
 from perdure.timing import Ratio, bootstrap_median, compare
 
 __all__ = ["Ratio", "bootstrap_median", "compare", "machine", "options_of", "row", "tell", "write"]
+
+SIDE = 1024
+"""Of the square matrices whose product stands for what the machine can do."""
 
 
 def tell(loop: Any, losses: dict[str, float]) -> None:
@@ -31,6 +34,7 @@ def options_of(
 
     output = f"results/speed/{name}.json"
     parser.add_argument("--pairs", type=int, default=usual, help="timed pairs of the two arms")
+    parser.add_argument("--seconds", type=float, help="a comparison of two arms ends here, with 3 pairs at least")
     parser.add_argument("--threads", type=int, help="threads of torch; its own default when absent")
     parser.add_argument("--output", default=output)
     parser.add_argument("--smoke", action="store_true", help="a tiny setting that writes only where --output says")
@@ -40,6 +44,41 @@ def options_of(
     if options.smoke:
         vars(options).update(tiny, output=None if options.output == output else options.output)
     return options
+
+
+def roofline(one: Callable[[], Any], held: Iterable[Any], moved: int, pairs: int) -> dict[str, Any]:
+    """How near `one` comes to what the machine can do, each ceiling timed in turn with it.
+
+    Args:
+        held: tensors alive before it; they count in the peak.
+        moved: bytes that it cannot help reading or writing: what it is given and what it returns, once.
+    Returns:
+        flops: of its matrix products (`perdure.metering`). peak_bytes. moved_bytes. roofline_share: time that a large
+        matrix product or a copy (the slower of the two, `bound`) takes for as many FLOPs or bytes, over its time.
+    """
+    import torch
+
+    from perdure.metering import Meter
+
+    with Meter(held) as meter:
+        one()
+    left, right, source = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE), torch.randn(16 * SIDE * SIDE)
+    target = torch.empty_like(source)
+    product = compare(one, lambda: left @ right, pairs=pairs, warmup=1)
+    copy = compare(one, lambda: target.copy_(source), pairs=pairs, warmup=1)
+    shares = {
+        "arithmetic": meter.flops / (2 * SIDE**3) / product.median,
+        "memory": moved / (2 * source.nbytes) / copy.median,
+    }
+    bound = max(shares, key=shares.__getitem__)
+    return {
+        "flops": meter.flops, "peak_bytes": meter.peak_bytes, "moved_bytes": moved,
+        "roofline_share": round(shares[bound], 4), "bound": bound,
+    }  # fmt: skip
+
+
+def bytes_of(*tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def machine() -> dict[str, Any]:

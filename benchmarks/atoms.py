@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from perdure.memory import AtomBank, choose_path, choose_search, index_keys, read_atoms
 
-from ._harness import compare, options_of, row, write
+from ._harness import bytes_of, compare, options_of, roofline, row, write
 
 K, TAU, NEW, RANK = 8, 0.03, 16, 16
 TITLE = f"{'d':>5} {'N':>5}  search {'arm':<6} {'against':<12} {'ratio':>6}  {'95 % interval':<16} {'ms':>8} other ms"
@@ -127,7 +127,9 @@ def recall(bank: AtomBank, x: Tensor) -> float:
     return float((exact.unsqueeze(2) == coarse.unsqueeze(1)).any(-1).float().mean())
 
 
-def measure(sizes: list[int], widths: list[int], tokens: int, pairs: int) -> list[dict[str, Any]]:
+def measure(
+    sizes: list[int], widths: list[int], tokens: int, pairs: int, seconds: float | None
+) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     print(TITLE)
     for d in widths:
@@ -150,12 +152,15 @@ def measure(sizes: list[int], widths: list[int], tokens: int, pairs: int) -> lis
                 case |= {"path": path, "search": search, "relative_difference": difference}
                 if search == "coarse":
                     case["recall"] = recall(bank, x.detach())
+                held = [x, grad, *bank.parameters(), *bank.buffers()]
+                moved = 2 * bytes_of(x, grad) + bytes_of(*bank.buffers(), *bank.parameters(), *bank.parameters())
+                case |= roofline(step(mine, x, grad), held, moved, 5)
                 pairings = [("read", name, mine, arm) for name, arm in {"dense": dense(d), **rivals}.items()]
                 pairings.append(("layer", "lora", on_base(d, mine), lora(d)))
                 other = "dense" if path == "gather" else "gather"
                 pairings.append(("read", f"path {other}", mine, read(bank, search, other)))
                 for arm, against, a, b in pairings:
-                    ratio = compare(step(a, x, grad), step(b, x, grad), pairs=pairs)
+                    ratio = compare(step(a, x, grad), step(b, x, grad), pairs=pairs, seconds=seconds)
                     rows.append(row({**case, "arm": arm}, against, ratio))
                     numbers = f"{ratio.median:6.3f}  {f'{ratio.low:.3f} to {ratio.high:.3f}':<16}"
                     numbers += f" {ratio.a_ms:8.2f} {ratio.b_ms:9.2f}"
@@ -169,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[384, 768])
     parser.add_argument("--tokens", type=int, default=4096)
     options = options_of(parser, "atoms", 40, argv, atoms=[64, 20000], widths=[32], tokens=64, pairs=3)
-    rows = measure(options.atoms, options.widths, options.tokens, options.pairs)
+    rows = measure(options.atoms, options.widths, options.tokens, options.pairs, options.seconds)
     if options.output is None:
         return
     settings = {"tau": TAU, "lora_rank": RANK, "dtype": "float32", "pairs": options.pairs}

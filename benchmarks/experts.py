@@ -20,8 +20,8 @@ from perdure.attachment import attach, attachment
 from perdure.layers import SequenceGate, SparseExperts
 from perdure.memory import Support
 
-from ._harness import compare, options_of, row, write
-from .step import BATCH, LENGTH, LINEARS, RANK, inference, lora, model_of, step
+from ._harness import options_of, write
+from .step import BATCH, LENGTH, LINEARS, RANK, against_lora, lora, model_of
 
 
 def seta(host: str, layers: int, tasks: int) -> nn.Module:
@@ -54,15 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         ids = torch.randint(1000, 2000, (BATCH, length), generator=torch.Generator().manual_seed(0))
         other = lora(host, layers)
         for tasks in options.tasks:
-            mine = seta(host, layers, tasks)
-            for what, make in (("step", step), ("inference", inference)):
-                ratio = compare(make(mine, ids), make(other, ids), pairs=options.pairs)
-                rows.append(row({"host": host, "tasks": tasks, "what": what}, "lora", ratio))
-                print(
-                    f"{host:<7} {tasks:3d} tasks, {what:<9} {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}), "
-                    f"{ratio.a_ms:.0f} ms against {ratio.b_ms:.0f} ms",
-                    flush=True,
-                )
+            rows += against_lora({"host": host, "tasks": tasks}, seta(host, layers, tasks), other, ids, options)
     if options.output is None:
         return
     settings = {"rank": RANK, "batch": BATCH, "length": length, "dtype": "float32", "pairs": options.pairs}

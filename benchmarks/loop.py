@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--methods", default="finetune,lora")
-    parser.add_argument("--out", type=Path, default=Path("results/speed/loop.json"))
+    parser.add_argument("--output", type=Path, default=Path("results/speed/loop.json"))
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -298,7 +298,7 @@ def save(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "ratio: learner / hand-written, wall clock; `processor`: the same ratio of processor time, prefetch included",
         "reads: tensor values read by Python, each a stall on a device; copies: _to_copy and copy_, step's thread only",
     ]
-    write(options.out, "loop", settings, rows, notes)
+    write(options.output, "loop", settings, rows, notes)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from perdure.memory import choose_patch_path
 from perdure.metering import Meter
 from perdure.optim_rows import RowAdamW
 
-from ._harness import compare, options_of, row, write
+from ._harness import bytes_of, compare, options_of, roofline, row, write
 
 
 class Gathered(PatchLayer):
@@ -63,7 +63,7 @@ def check_equal(one: nn.Module, other: nn.Module, x: Tensor, grad: Tensor) -> fl
     return max(float((a - b).norm() / b.norm()) for a, b in zip(*found, strict=True))
 
 
-def layers(tokens: int, width: int, sizes: dict[str, int], pairs: int) -> list[dict[str, Any]]:
+def layers(tokens: int, width: int, sizes: dict[str, int], pairs: int, seconds: float | None) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     x, grad = torch.randn(tokens, width).requires_grad_(), torch.randn(tokens, width)
     mine, gathered = PatchLayer(width, **sizes, depth=6), Gathered(width, **sizes, depth=6)  # type: ignore[arg-type]
@@ -72,13 +72,16 @@ def layers(tokens: int, width: int, sizes: dict[str, int], pairs: int) -> list[d
     if difference > 1e-3:
         raise SystemExit(f"the arms differ by {difference:.1e}; a ratio would mean nothing")
     path = choose_patch_path(sizes["patches"], sizes["k"])
-    case = {"width": width, **sizes, "tokens": tokens, "path": path, "relative_difference": difference}
+    case: dict[str, Any] = {"width": width, **sizes, "tokens": tokens, "path": path, "relative_difference": difference}
+    parameters = list(mine.parameters())
+    moved = 2 * bytes_of(x, grad) + 2 * bytes_of(*parameters)
+    case |= roofline(step(mine, x, grad), [x, grad, *parameters], moved, 5)
     rows = []
     for against, other in (("gathered", gathered), ("dense", feed_forward(width))):
-        ratio = compare(step(mine, x, grad), step(other, x, grad), pairs=pairs)
-        found = {"peak_bytes": peak(mine, x, grad), "other_peak_bytes": peak(other, x, grad)}
-        rows.append(row({**case, **found}, against, ratio))
-        share, whole = found["peak_bytes"] / found["other_peak_bytes"], found["other_peak_bytes"] / 2**20
+        ratio = compare(step(mine, x, grad), step(other, x, grad), pairs=pairs, seconds=seconds)
+        most = peak(other, x, grad)
+        rows.append(row({**case, "other_peak_bytes": most}, against, ratio))
+        share, whole = case["peak_bytes"] / most, most / 2**20
         print(
             f"{tokens:6d} tokens, against {against:<9} {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}), "
             f"{ratio.a_ms:.1f} ms against {ratio.b_ms:.1f} ms; peak {share:.3f} of {whole:.0f} MiB",
@@ -87,7 +90,7 @@ def layers(tokens: int, width: int, sizes: dict[str, int], pairs: int) -> list[d
     return rows
 
 
-def optimizers(width: int, sizes: dict[str, int], pairs: int) -> list[dict[str, Any]]:
+def optimizers(width: int, sizes: dict[str, int], pairs: int, seconds: float | None) -> list[dict[str, Any]]:
     rows = []
     for share in (0.05, 0.25, 1.0):
         visited = max(1, round(share * sizes["patches"]))
@@ -100,7 +103,7 @@ def optimizers(width: int, sizes: dict[str, int], pairs: int) -> list[dict[str, 
             group: dict[str, Any] = {"params": [decoders], "lr": 1e-4}
             optimizer = kind([group | ({"rows": True} if kind is RowAdamW else {})])
             both.append(optimizer.step)
-        ratio = compare(*both, pairs=pairs)
+        ratio = compare(*both, pairs=pairs, seconds=seconds)
         rows.append(row({"width": width, **sizes, "visited": visited}, "AdamW", ratio))
         print(f"optimizer, {visited} of {sizes['patches']} patches visited: {ratio.median:.3f}", flush=True)
     return rows
@@ -113,8 +116,8 @@ def main(argv: list[str] | None = None) -> None:
     width, sizes = 384, {"patches": 256, "k": 4, "rank": 32}
     if options.smoke:
         width, sizes = 16, {"patches": 16, "k": 2, "rank": 4}
-    rows = [each for tokens in options.tokens for each in layers(tokens, width, sizes, options.pairs)]
-    rows += optimizers(width, sizes, options.pairs)
+    rows = [each for tokens in options.tokens for each in layers(tokens, width, sizes, options.pairs, options.seconds)]
+    rows += optimizers(width, sizes, options.pairs, options.seconds)
     if options.output is None:
         return
     notes = [

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         own = flops(frozen)
         for name, method in METHODS.items():
             with_prompts = forward(attach(host_of(host), method(blocks)).eval(), inputs)
-            ratio = compare(with_prompts, frozen, pairs=options.pairs, warmup=2)
+            ratio = compare(with_prompts, frozen, pairs=options.pairs, warmup=2, seconds=options.seconds)
             counted = flops(with_prompts) / own
             rows.append({**row({"host": host, "method": name}, "frozen", ratio), "flops_ratio": round(counted, 4)})
             print(

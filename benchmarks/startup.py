@@ -119,7 +119,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=Path("results/speed/startup.json"))
+    parser.add_argument("--output", type=Path, default=Path("results/speed/startup.json"))
     options = parser.parse_args()
     rows = measure(options.rounds)
     print(f"{'command':<18} {'ratio':>6}  {'95 % interval':<16} {'ms':>7} {'base ms':>8}  heavy libraries")
@@ -129,7 +129,7 @@ def main() -> None:
             f"{found['a_ms']:>7.0f} {found['b_ms']:>8.0f}  {', '.join(found['heavy']) or 'none'}"
         )
     notes = ["milliseconds of processor time, user and system, not of the clock"]
-    write(options.out, "startup", {"rounds": options.rounds, "base": BASE, "bar": BAR}, rows, notes)
+    write(options.output, "startup", {"rounds": options.rounds, "base": BASE, "bar": BAR}, rows, notes)
 
 
 if __name__ == "__main__":

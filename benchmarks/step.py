@@ -21,9 +21,10 @@ from torch import nn
 from perdure.attachment import attach, attachment
 from perdure.layers import LinearMemory
 from perdure.memory import choose_search
+from perdure.metering import Meter
 from perdure.models import load_model
 
-from ._harness import compare, options_of, row, write
+from ._harness import bytes_of, compare, options_of, roofline, row, write
 
 RANK, BATCH, LENGTH, WIDTH = 8, 16, 64, 384
 LINEARS = {
@@ -89,6 +90,26 @@ def inference(model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:
     return one
 
 
+def against_lora(case: dict[str, Any], mine: nn.Module, other: nn.Module, ids: torch.Tensor, options: Any) -> list[Any]:
+    """Rows of a step and of a forward pass, with the work of both counted."""
+    rows = []
+    for what, make in (("step", step), ("inference", inference)):
+        a, b = make(mine, ids), make(other, ids)
+        ratio = compare(a, b, pairs=options.pairs, seconds=options.seconds)
+        held = [*mine.parameters(), *mine.buffers()]
+        found = roofline(a, held, (1 + (what == "step")) * bytes_of(*held), 3)
+        with Meter() as meter:
+            b()
+        found["flops_ratio"] = round(found["flops"] / meter.flops, 4)
+        rows.append(row({**case, "what": what, **found}, "lora", ratio))
+        print(
+            f"{' '.join(f'{value!s:<6}' for value in case.values())} {what:<9} {ratio.median:.3f} ({ratio.low:.3f} to "
+            f"{ratio.high:.3f}), {ratio.a_ms:.0f} ms against {ratio.b_ms:.0f} ms; FLOPs {found['flops_ratio']:.3f}",
+            flush=True,
+        )
+    return rows
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hosts", nargs="+", default=["minilm", "gpt2"], choices=list(LINEARS))
@@ -104,14 +125,7 @@ def main(argv: list[str] | None = None) -> None:
             for search in ("exact", "coarse")[: 1 + wide]:
                 mine = moram(host, layers, experiences, search)
                 case = {"host": host, "experiences": experiences, "atoms": RANK * (experiences + 1), "search": search}
-                for what, make in (("step", step), ("inference", inference)):
-                    ratio = compare(make(mine, ids), make(other, ids), pairs=options.pairs)
-                    rows.append(row({**case, "what": what}, "lora", ratio))
-                    print(
-                        f"{host:<7} {experiences:4d} experiences, {search:<6} {what:<9} {ratio.median:.3f} "
-                        f"({ratio.low:.3f} to {ratio.high:.3f}), {ratio.a_ms:.0f} ms against {ratio.b_ms:.0f} ms",
-                        flush=True,
-                    )
+                rows += against_lora(case, mine, other, ids, options)
     if options.output is None:
         return
     settings = {"rank": RANK, "batch": BATCH, "length": length, "dtype": "float32", "pairs": options.pairs}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+LEAST = 3
+"""Pairs without which a median is none."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,25 @@ def _once(function: Callable[[], Any], sync: Callable[[], None]) -> float:
 
 
 def compare(
-    a: Callable[[], Any], b: Callable[[], Any], *, pairs: int, warmup: int = 3, sync: Callable[[], None] = lambda: None
-) -> Ratio:
-    """Times a and b in turn, the order swapped from pair to pair, so that drift and neighbours hit both alike."""
-    for _ in range(warmup):
+    a: Callable[[], Any], b: Callable[[], Any], *, pairs: int, warmup: int = 3, sync: Callable[[], None] = lambda: None,
+    seconds: float | None = None,
+) -> Ratio:  # fmt: skip
+    """Times a and b in turn, the order swapped from pair to pair, so that drift and neighbours hit both alike.
+
+    With `seconds` it ends once they have passed, warm-up included, though not before one run to warm up and three
+    pairs, or as many as `pairs` if that is less.
+    """
+    end = math.inf if seconds is None else time.perf_counter() + seconds
+    for run in range(warmup):
+        if run and time.perf_counter() > end:
+            break
         a()
         b()
     sync()
     times_a, times_b = [], []
     for pair in range(pairs):
+        if pair >= LEAST and time.perf_counter() > end:
+            break
         if pair % 2:
             second = _once(b, sync)
             first = _once(a, sync)
@@ -64,4 +78,4 @@ def compare(
     ratios = [x / y for x, y in zip(times_a, times_b, strict=True)]
     low, high = bootstrap_median(ratios)
     a_ms, b_ms = 1e3 * statistics.median(times_a), 1e3 * statistics.median(times_b)
-    return Ratio(statistics.median(ratios), low, high, a_ms, b_ms, pairs)
+    return Ratio(statistics.median(ratios), low, high, a_ms, b_ms, len(ratios))
