@@ -248,6 +248,8 @@ class Learner(Loop):
     def detach(self) -> nn.Module:
         """Takes everything out of the model again and returns it: the original, bit for bit, which parameters train and
         the mode of its modules included. The learner is then of no further use; a second call does nothing.
+
+        With `training.shard` its blocks stay split over the processes.
         """
         if holds(self.model, self._held):
             self._original.restore()
@@ -374,13 +376,12 @@ class Learner(Loop):
         Raises:
             CannotWrite: the disk is full or the folder not writable; what was there before stays.
         """
-        from .state import model_hash
         from .state.portable import write_portable
 
         tensors, values = self.learnt_state()
         values |= {
             "settings": self.settings(),
-            "base": {"hash": model_hash(self.frozen_base()), "name": self._base_name()},
+            "base": {"hash": self.base_hash(), "name": self._base_name()},
         }
         if replay:
             found, values["replay"] = self.replay.state_dict()
@@ -464,9 +465,7 @@ class Learner(Loop):
         return learner
 
     def _take_over(self, tensors: dict[str, Tensor], values: dict[str, Any], folder: str | Path) -> None:
-        from .state import model_hash
-
-        base, found = values["base"], model_hash(self.frozen_base())  # before anything is put into the model
+        base, found = values["base"], self.base_hash()  # before anything is put into the model
         if found != base["hash"]:
             raise BadInput(
                 f"model: its weights (hash {found[:12]}) are not those that {folder} was learnt on "

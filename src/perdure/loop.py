@@ -37,7 +37,8 @@ from .methods import Method
 from .protocol import check_granted
 from .replay import ReplayBuffer
 from .services import Services
-from .state import generator_state, set_generator_state
+from .sharding import check_sharding, split_host
+from .state import generator_state, model_hash, set_generator_state
 from .stepping import Stepping
 from .streams.experience import Experience
 from .watch import OwnPasses, check_bytes, check_kept, check_sampler
@@ -106,6 +107,7 @@ class Loop(Stepping):
         self.declared = as_labels(classes)
         check_granted(self.methods, self.protocol, self.training)
         check_early_stopping(self.methods, self.training, self.protocol)
+        check_sharding(self.methods, self.training)
         check_combination(self.methods, self.objective, self.head, self.protocol, self.declared)
         self.host = Host(model, getattr(self.objective.config, "tower", None))
         refuse_taken(model)
@@ -138,6 +140,9 @@ class Loop(Stepping):
             self._original.restore(half_done=True)
             raise
 
+    _base_hash: str | None = None
+    """Taken before the host is split."""
+
     # ---- construction
     def _make_accelerator(self) -> Any:
         from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -150,7 +155,8 @@ class Loop(Stepping):
 
     def _enter_model(self) -> None:
         self.model.to(self.device)
-        for parameter in self.model.parameters():
+        own = list(self.model.parameters())
+        for parameter in own:
             parameter.requires_grad_(False)
         for item in self.methods:
             item.loop = self.services
@@ -158,8 +164,15 @@ class Loop(Stepping):
         check_touched(self.methods)
         check_routing(self.methods)
         self.system = System(self).to(self.device).eval()
+        if self.training.shard == "host" and self._world > 1:
+            self._base_hash = self.base_hash()  # of the whole; it cannot change any more
+            split_host(self.host, self.methods, own, self._world)
         self._held = hold(self.model, self.methods)
         check_bytes(self, "before anything is learnt")
+
+    def base_hash(self) -> str:
+        """Hash of the frozen base, by which a saved state knows its model."""
+        return self._base_hash or model_hash(self.frozen_base())  # pyright: ignore[reportAttributeAccessIssue]  # a Learner
 
     def refuse_detached(self) -> None:
         """Raises BadInput after `detach`: the model is no longer what was learnt."""

@@ -19,6 +19,7 @@ from .loading import Plan, Prefetch, derived_seed, make_batch, take, without_fil
 from .methods import Method
 from .optim import Optimization
 from .passes import Passes
+from .sharding import in_parts
 from .watch import OwnPasses, check_batch
 
 if TYPE_CHECKING:
@@ -99,6 +100,10 @@ class Stepping(Passes):
             return self.system
         self.wrapped = None
         self.accelerator.free_memory()  # the wrapper before it has hooks on parameters that are still in use
+        # What is split among the processes is exchanged by the blocks themselves.
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self.system, in_parts(self.system)
+        )
         return self.accelerator.prepare(self.system)
 
     def rate(self, parameter: nn.Parameter) -> float | None:

@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from perdure.assembly import complete_methods
+from perdure.config import TrainingConfig
+from perdure.errors import BadInput
+from perdure.learner import Learner
+from perdure.sharding import check_sharding, held_bytes, in_parts
 
 from . import cases
 
@@ -31,7 +38,32 @@ CASES |= {f"{name} adamw/bert": ("bert", SPECS[name]) for name in ("finetune", "
 CASES |= {f"{name}/clip": ("clip", SPECS[name]) for name in ("finetune", "moram", "moram+er")}
 CASES["finetune pooler/bert"] = ("bert", SPECS["finetune"])  # as AutoModel builds it: no loss reaches the pooler
 CASES["captions/clip"] = ("clip", SPECS["moram"])
+
+
+def splits(spec: Any) -> bool:
+    try:
+        check_sharding(complete_methods(spec), TrainingConfig(shard="host"))
+    except BadInput:
+        return False
+    return True
+
+
+SHARDED = [  # the host split over the processes, what trains whole
+    f"{name} sharded/{host}" for host in cases.HOSTS for name in SPECS
+    if cases.runs(name, host) and splits(SPECS[name])
+    and (host == "bert" or name in ("moram", "lora"))
+]  # fmt: skip
+CASES |= {name: (name.rpartition("/")[2], SPECS[name.partition(" ")[0]]) for name in SHARDED}
 CASES |= {f"moram+{head}/bert": ("bert", SPECS["moram"]) for head in ("ridge", "ncm", "slda", "slca")}
+
+
+def check_split(learner: Any) -> None:
+    """Of what the blocks hold frozen, each of two processes keeps half, up to rows that do not divide."""
+    blocks = [block.module for block in learner.host.blocks()]
+    parts = [block.get_parameter(name) for block in blocks for name in in_parts(block)]
+    split, whole = sum(p.nbytes for p in parts), sum(p.nbytes for block in blocks for p in block.parameters())
+    kept = sum(map(held_bytes, blocks))
+    assert split > 0 and whole - 0.55 * split < kept < whole - 0.45 * split, (split, whole, kept)
 
 
 def learn(name: str, processes: int) -> dict[str, Any]:
@@ -41,16 +73,25 @@ def learn(name: str, processes: int) -> dict[str, Any]:
         captions = [{"image": row["image"], "text": f"{n} {row['label']}"} for n, row in enumerate(made[0].train)]
         made[0] = made[0].with_rows(train=captions, test=())
     head = HEADS.get(name.partition("/")[0].rpartition("+")[2])
+    sharded = " sharded" in name
     optimizer = {"optimizer": "adamw"} if "adamw" in name else {"optimizer": "sgd", "learning_rate": 0.02}
     learner = cases.build_learner(
         host, cases.without_dropout(spec), dtype=torch.float64, head=head, pooler="pooler" in name, epochs=1,
-        **optimizer, per_device_train_batch_size=GLOBAL_BATCH // processes, logging_steps=1,
+        **optimizer, shard="host" if sharded else "none", logging_steps=1,
+        per_device_train_batch_size=GLOBAL_BATCH // processes,
     )  # fmt: skip
     assert learner.accelerator.num_processes == processes, learner.accelerator.num_processes
+    if sharded and processes > 1:
+        check_split(learner)
     losses: list[float] = []
     for experience in made:
         learner.learn(experience, on_step=lambda _, seen: losses.extend(seen[name] for name in sorted(seen)))
     logits = cases.outputs(learner, made)
+    if name.startswith("moram sharded"):  # the hash of the base is that of the whole
+        with tempfile.TemporaryDirectory() as folder:
+            learner.save_pretrained(folder)
+            again = Learner.from_pretrained(folder, *cases.build_host(host, torch.float64))
+        assert torch.equal(cases.outputs(again, made), logits)
     return {"losses": losses, "logits": logits.tolist(), "samples": [learner.counters.samples]}
 
 

@@ -36,6 +36,7 @@ class MergedBranches(Method):
 
     needs = frozenset({"boundaries"})
     adapts = True
+    uses_host_weights = True
     renews = True
     removal = "structural"
 

@@ -45,6 +45,7 @@ class Method:
         frozen_features: True if the host's features never change, so that they may be computed once and cached.
         renews: True if what trains is new in every experience and the old stands still or is merged, so that nothing
             lives on which a penalty could hold where it was.
+        uses_host_weights: True if it trains, overwrites or takes gradients of weights of the host itself.
         adapts_alone: True if no other method of a list may adapt the host, because this one reads the host as it was.
         keeps_output: True if attaching leaves the host's outputs unchanged until something is learnt.
         removal: what taking one experience back means.
@@ -65,6 +66,7 @@ class Method:
     learns: ClassVar[bool] = True
     frozen_features: ClassVar[bool] = False
     renews: ClassVar[bool] = False
+    uses_host_weights: ClassVar[bool] = False
     adapts_alone: ClassVar[bool] = False
     keeps_output: ClassVar[bool] = True
     removal: ClassVar[Literal["exact", "structural", "rollback"]] = "rollback"

@@ -104,6 +104,7 @@ class APN(Method):
     def __init__(self, config: Any):
         super().__init__(config)
         self.keeps_output = config.place == "beside"  # type: ignore[misc]
+        self.uses_host_weights = config.train == "all"  # type: ignore[misc]
 
     def attach(self, host: Host) -> None:
         from ..layers import PatchLayer

@@ -45,6 +45,7 @@ class FineTune(Method):
             return pattern
 
     adapts = True
+    uses_host_weights = True
     status = "verified"
 
     def attach(self, host: Host) -> None:

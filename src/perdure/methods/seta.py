@@ -113,6 +113,7 @@ class SETA(Method):
 
     needs = frozenset({"boundaries", "gradients"})
     adapts = True
+    uses_host_weights = True
     status = "unverified"
 
     def __init__(self, config: Any):
