@@ -316,6 +316,26 @@ def test_the_page_shows_classes_bytes_and_work():
         build.validate_report({**sample(), "per_class": "all"})
 
 
+@pytest.mark.parametrize(
+    ("learnt", "of", "rows", "columns"),
+    [
+        (3, 3, [1, 2, 3], [1, 2, 3]),
+        (2, 10, [1, 2], list(range(1, 11))),
+        (50, 50, [1, 6, 11, 17, 22, 28, 33, 39, 44, 50], [1, 6, 11, 17, 22, 28, 33, 39, 44, 50]),
+        (4, 50, [1, 2, 3, 4], [1, 2, 3, 4, 5]),
+    ],
+)
+def test_the_terminal_shows_ten_of_many_experiences(learnt, of, rows, columns):
+    report = sample(count=of)
+    report["matrix"] = report["matrix"][:learnt]
+    table = terminal.run_table(report)
+    assert [str(column.header) for column in table.columns[1:-1]] == [str(number) for number in columns]
+    assert table.row_count == len(rows)
+    names = list(table.columns[0].cells)
+    assert [str(name).split()[0] for name in names] == [str(number) for number in rows]
+    assert ("of 50 experiences" in str(table.caption)) == (learnt == 50)
+
+
 def test_the_terminal_shows_differences_to_the_reference():
     comparison, _ = _compared((0, 1, 2))
     row = next(row for row in comparison["rows"] if row["arm"] == "moram")

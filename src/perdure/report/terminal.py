@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-MOST_COLUMNS = 10
+MOST = 10
+"""Experiences shown of a long stream."""
 _HEADINGS = {
     "average_accuracy": "average",
     "forgetting": "forgetting",
@@ -27,24 +28,36 @@ _HEADINGS = {
 
 
 def run_table(report: Mapping[str, Any]) -> Table:
-    """The matrix of a run: a row for each experience learnt, the last ten columns where there are more."""
+    """The matrix of a run; of a long stream ten experiences, evenly spaced, the first and the last learnt among them."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     rows, names, metric = check_matrix(report["matrix"]), names_of(report), report["metric"]
-    shown = list(range(len(rows[0]) if rows else 0))[-MOST_COLUMNS:]
+    shown, width = _spread(len(rows)), len(rows[0]) if rows else 0
+    columns = range(width) if width <= MOST else [*shown, *range(len(rows), width)[:1]]  # the next one too
     unit = "per cent" if words.percent(metric) else ""
     title = f"{escape(words.label('average_accuracy', metric))} and its parts{', ' + unit if unit else ''}"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("after learning", overflow="fold")
-    for j in shown:
+    for j in columns:
         table.add_column(f"{j + 1}", justify="right", no_wrap=True)
     table.add_column("average", justify="right", no_wrap=True)
-    for i, (row, mean) in enumerate(zip(rows, row_averages(rows), strict=True)):
+    means = row_averages(rows)
+    for i in shown:
         name = f"{i + 1} {names[i]}" if names[i] != str(i + 1) else names[i]
-        table.add_row(escape(name), *(words.score(row[j], metric) for j in shown), words.score(mean, metric))
+        table.add_row(escape(name), *(words.score(rows[i][j], metric) for j in columns), words.score(means[i], metric))
+    if len(shown) < len(rows):
+        table.caption = f"{len(shown)} of {len(rows)} experiences; averages are over all, and all are in the report"
+        table.caption_justify = "left"
     return table
+
+
+def _spread(count: int) -> list[int]:
+    """`MOST` of so many numbers at the most, evenly spaced, both ends among them."""
+    if count <= MOST:
+        return list(range(count))
+    return [number * (count - 1) // (MOST - 1) for number in range(MOST)]
 
 
 def figures_table(report: Mapping[str, Any]) -> Table:
