@@ -317,6 +317,22 @@ def test_the_page_shows_classes_bytes_and_work():
 
 
 @pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [
+        ((0.2, 0.9), 0, 1),
+        ((0.75, 0.9), 0.7, 1),
+        ((0.05, 0.1), 0, 0.2),
+        ((0.02, 0.49), 0, 0.6),
+        ((), 0, 1),
+        ((1.0,), 0.9, 1),
+    ],
+)
+def test_an_axis_of_shares_ends_where_they_lie(values, low, high):
+    axis = plots.score_axis(values, "accuracy", "average")
+    assert (round(axis.low, 6), round(axis.high, 6)) == (low, high)
+
+
+@pytest.mark.parametrize(
     ("learnt", "of", "rows", "columns"),
     [
         (3, 3, [1, 2, 3], [1, 2, 3]),

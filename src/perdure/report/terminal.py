@@ -28,7 +28,7 @@ _HEADINGS = {
 
 
 def run_table(report: Mapping[str, Any]) -> Table:
-    """The matrix of a run; of a long stream ten experiences, evenly spaced, the first and the last learnt among them."""
+    """The matrix of a run; of a long stream ten experiences, evenly spaced, the first and the last among them."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
