@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test lint speed agreement docs ledger-check clean
+.PHONY: kernels install demo test lint speed agreement docs ledger-check clean
 
 install: $(STAMP)
 
@@ -30,6 +30,11 @@ lint: install
 
 speed: install
 	$(BIN)/python -m benchmarks
+
+# The Triton kernel in Triton's interpreter; the package is large (300 MB) and no extra brings it.
+kernels: install
+	$(BIN)/python -m pip install --quiet triton
+	$(BIN)/python -m pytest -q tests/property/test_fused.py
 
 # Metrics against avalanche-lib, scikit-learn and SciPy, in a temporary environment (about 1 GB while it runs).
 agreement: install

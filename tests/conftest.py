@@ -13,6 +13,8 @@ if not os.environ.get("PERDURE_DATA") and (DATA / "MANIFEST.json").is_file():
 
 # Tiny tensors: a second thread only costs. Set before torch is imported, and for subprocesses too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when triton is imported, by whoever does it first.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def has_data() -> bool:

@@ -79,6 +79,31 @@ def test_fast_path_equals_the_reference(share, chunk, dtype, sampled, monkeypatc
         assert a.dtype == dtype and b.abs().max() > 0 and (a - b).abs().max() < tolerance
 
 
+@given(
+    rows=st.integers(1, 9), columns=st.integers(1, 9), tokens=st.integers(1, 7), experts=st.integers(1, 4),
+    share=st.sampled_from([0.0, 0.1, 0.5, 1.0]), frozen=st.sets(st.integers(0, 3)), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_any_shape_strides_empty_experts_and_accumulation(rows, columns, tokens, experts, share, frozen, seed):
+    bank = bank_of(random_deltas(experts, rows, columns, share, seed), tuple(frozen))
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for path in ("sparse", "reference"):
+        generator.manual_seed(seed)
+        wide = torch.randn(columns, 2 * tokens, generator=generator, dtype=torch.float64)
+        x = wide.t()[::2].detach().requires_grad_(True)  # neither contiguous nor a plain transpose
+        gates = torch.rand(tokens, experts, generator=generator, dtype=torch.float64).requires_grad_(True)
+        bank.new_values.grad = None
+        for _ in range(2):
+            y = sparse_delta(x, gates, bank.frozen_values, bank.new_values, *bank.entries(), rows, path)
+            y.square().sum().backward()
+        assert bank.frozen_values.grad is None
+        grads = [x.grad, gates.grad, bank.new_values.grad]
+        found[path] = [y.detach(), *(torch.zeros(()) if grad is None else grad for grad in grads)]
+    for a, b in zip(found["sparse"], found["reference"], strict=True):
+        assert a.shape == b.shape and (not a.numel() or (a - b).abs().max() < 1e-10)
+
+
 def test_gradients_by_finite_differences():
     bank = bank_of(random_deltas(2, 4, 5, 0.5), frozen=(0,))
     frozen, new = bank.entries()

@@ -35,7 +35,7 @@ class LinearMemory(nn.Module):
         min_k: floor on k (2 in the released MoRAM code).
         reserve: places among the k that new atoms hold in training, so that they cannot starve (ours; at most k).
         path: "auto", "reference", "dense" or "gather"; see `memory.read_atoms`.
-        search: "exact" or "coarse", the same; a small bank is searched exactly in any case.
+        search: "exact", "coarse" or "fused", the same; a small bank is searched exactly in any case.
 
     Raises:
         BadInput: a setting is out of its range.
@@ -131,7 +131,7 @@ class LinearMemory(nn.Module):
             keys.shape[0], self.bank.in_features, self.k, self.search, keys.device.type
         )
         if not wanted or self.path == "reference" or keys.requires_grad or keys.is_inference():
-            return {}
+            return {} if search == "coarse" else {"search": search}
         state = ((keys, keys._version, keys.data_ptr()),)
         if self._indexed is None or not _same(self._indexed[0], state):
             self._indexed = state, index_keys(keys, self.bank.compute_dtype(), coarse=search == "coarse")

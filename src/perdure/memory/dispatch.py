@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 Path = Literal["auto", "reference", "dense", "gather"]
-Search = Literal["exact", "coarse"]
+Search = Literal["exact", "coarse", "fused"]
 PatchPath = Literal["auto", "reference", "dense", "grouped"]
 
 CANDIDATES = 2  # times k
@@ -65,5 +65,6 @@ def choose_search(old: int, width: int, k: int, search: Search, device: str = "c
     """How n = old frozen keys of `width` features are searched, and whether an index of them pays."""
     row = crossovers(device)
     large = old * width >= row.coarse and old >= row.coarse_shape * width and old >= 4 * CANDIDATES * k
-    coarse = large and search == "coarse"
-    return ("coarse" if coarse else "exact"), coarse or old >= row.gram * width
+    if search == "coarse" and not large:
+        search = "exact"
+    return search, search == "coarse" or old >= row.gram * width

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import reference
 from .dispatch import PatchPath, Path, Search, choose_patch_path, choose_path
 from .kernels.atoms import Choice, Respond, dense_values, gather_values, joined
-from .kernels.search import KeyIndex
+from .kernels.search import KeyIndex, fused_on
 from .kernels.sparse import Entries, SparseDelta
 from .routing import Routing, cosine, effective_k, open_items, routing_dtype, select, weight
 
@@ -125,7 +125,8 @@ def read_atoms(
             same whatever n. Left aside where its dtype is not that of the routing.
         search: "exact" scores all keys. "coarse" scores all new ones, and of the frozen ones only the 2 k that 8-bit
             codes find (`index` needs codes); norm, scores and gradients of what is chosen stay exact. A frozen atom
-            among the true k best can be missed; recall is measured in benchmarks.atoms.
+            among the true k best can be missed; recall is measured in benchmarks.atoms. "fused" is exact in one Triton
+            kernel, without writing all responses: float32 on a GPU (or in Triton's interpreter), else it is "exact".
     Returns:
         dy [..., d_out] in x's dtype (autocast's inside autocast), and the Routing [..., k].
     Raises:
@@ -148,6 +149,8 @@ def read_atoms(
         path = "reference" if needs_frozen else choose_path(size, effective_k(k, size, min_k), device)
     elif needs_frozen and path != "reference":
         raise ValueError(f"path: found {path!r}, but frozen items ask for a gradient; use 'auto' or 'reference'")
+    if search == "fused" and (reserve or dtype != torch.float32 or not fused_on(x.device)):
+        search = "exact"
     with torch.autocast(device_type=device, enabled=False):
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         old_k, new_k = frozen_keys.to(dtype), new_keys.to(dtype)
@@ -162,7 +165,7 @@ def read_atoms(
         else:
             at_hand = index if index is not None and index.gram.dtype == dtype else None
             p, s, indices = Respond.apply(
-                flat, old_k, new_k, at_hand, Choice(k, eps, min_k, reserve, search == "coarse")
+                flat, old_k, new_k, at_hand, Choice(k, eps, min_k, reserve, search)
             )
             w = open_items(weight(s, tau), s, delta, renormalise)
             apply = gather_values if path == "gather" else dense_values

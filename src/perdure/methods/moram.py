@@ -36,6 +36,7 @@ v the directions in which this experience's inputs have the most energy for that
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -91,8 +92,9 @@ class MoRAM(Method):
         """Confine new keys to the null space of old layer inputs."""
         keys: Literal["drawn", "contrast"] = "drawn"
         """Where new keys start: drawn at random, as published, or along what older experiences have not had (ours)."""
-        search: Literal["exact", "coarse"] = "exact"
-        """Of a large bank (from 960 atoms of width 768): score all, or only 2 k that 8-bit codes find (ours)."""
+        search: Literal["exact", "coarse", "fused"] = "exact"
+        """Of a large bank (from 960 atoms of width 768): score all, or only 2 k that 8-bit codes find (ours). fused:
+        all in one Triton kernel, for GPUs; not measured."""
         path: Literal["auto", "reference", "dense", "gather"] = "auto"
         """How the chosen values are summed; auto: by a measured table (ours; `perdure doctor --speed`)."""
         key_rows: int = Field(128, ge=1)
@@ -124,6 +126,8 @@ class MoRAM(Method):
         from ..layers import LinearMemory
 
         config = self.config
+        if config.search == "fused" and find_spec("triton") is None:
+            raise BadInput("method.moram.search: fused needs triton, which is not installed; install it or set exact")
         self._sites = host.sites(config.targets, layers=config.layers)
         self._handles: list[Handle] = []
         for site in self._sites:

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import CANDIDATES, crossovers
+from ..dispatch import CANDIDATES, Search, crossovers
 from ..routing import effective_k, response_norm, select_with_reserve
-from .search import KeyIndex, nearest, responses_of
+from .search import KeyIndex, fused, nearest, responses_of
 
 
 class Choice(NamedTuple):
@@ -31,7 +31,7 @@ class Choice(NamedTuple):
     eps: float
     min_k: int
     reserve: int
-    coarse: bool
+    search: Search
 
 
 def _responses(x: Tensor, frozen_keys: Tensor, new_keys: Tensor) -> Tensor:
@@ -70,17 +70,22 @@ class Respond(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         old, new = frozen_keys.shape[0], new_keys.shape[0]
         through = None  # x A^T A of the frozen keys, if it is known already
-        if choice.coarse and index is not None:
-            count = min(old, CANDIDATES * effective_k(choice.k, old + new, choice.min_k))
+        count = effective_k(choice.k, old + new, choice.min_k)
+        p = None  # all responses, where they were written
+        if choice.search == "fused" and old:
+            chosen, indices, square = fused().select(x, frozen_keys, new_keys, count)
+            norm, p_new = square.sqrt_().clamp_min_(choice.eps)[:, None], x @ new_keys.t()
+        elif choice.search == "coarse" and index is not None:
+            count = min(old, CANDIDATES * count)
             near = nearest(x, index, count)
             through, p_new = x @ index.gram, x @ new_keys.t()
             square = (x * through).sum(-1, keepdim=True).clamp_min_(0) + p_new.square().sum(-1, keepdim=True)
             norm = square.sqrt_().clamp_min_(choice.eps)
-            p = torch.cat([responses_of(x, frozen_keys, near), p_new], 1)
-            place = select_with_reserve(p, choice.k, choice.min_k, choice.reserve, count)
+            found = torch.cat([responses_of(x, frozen_keys, near), p_new], 1)
+            place = select_with_reserve(found, choice.k, choice.min_k, choice.reserve, count)
             numbers = torch.arange(old, old + new, device=x.device).expand(x.shape[0], new)
             indices = torch.cat([near, numbers], 1).gather(1, place)
-            chosen = p.gather(1, place)
+            chosen = found.gather(1, place)
         else:
             p = _responses(x, frozen_keys, new_keys)
             norm = response_norm(p, choice.eps)
@@ -90,7 +95,8 @@ class Respond(torch.autograd.Function):
         scores = chosen / norm
         row = crossovers(x.device.type)
         gram = index.gram if index is not None and old >= row.gram * x.shape[1] else None
-        if through is None and gram is None and not (old > row.make_gram * x.shape[1] and x.shape[0] > x.shape[1]):
+        makes_gram = old > row.make_gram * x.shape[1] and x.shape[0] > x.shape[1]
+        if p is not None and gram is None and not makes_gram:
             kept = p
         else:
             kept = p_new.clone()  # not a view, which would keep all of p

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,6 +105,21 @@ def _gathered(x: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
     step = max(1, _AT_ONCE * 4 // (chosen.shape[1] * keys.shape[1]))
     parts = zip(x.split(step), chosen.split(step), strict=True)
     return torch.cat([torch.bmm(keys[i], part.unsqueeze(-1)).squeeze(-1) for part, i in parts])
+
+
+@functools.cache
+def fused() -> Any:
+    """The module of the Triton kernel; None where triton is not installed."""
+    try:
+        from . import fused
+    except ImportError:
+        return None
+    return fused
+
+
+def fused_on(device: torch.device) -> bool:
+    """True where the Triton kernel can run."""
+    return fused() is not None and fused().runs_on(device)
 
 
 @functools.cache
