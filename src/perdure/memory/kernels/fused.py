@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 TOKENS, KEYS, FEATURES = 32, 64, 32
@@ -93,7 +93,7 @@ def select(x: Tensor, old_keys: Tensor, new_keys: Tensor, k: int) -> tuple[Tenso
     tokens, width = x.shape
     best, square = x.new_empty(tokens, k), x.new_empty(tokens)
     numbers = torch.empty(tokens, k, dtype=torch.int32, device=x.device)
-    _select[(triton.cdiv(tokens, TOKENS),)](
+    _select[(triton.cdiv(tokens, TOKENS),)](  # pyright: ignore[reportIndexIssue]
         x, old_keys, new_keys, best, numbers, square, tokens, width, old_keys.shape[0], new_keys.shape[0], k,
         TOKENS=TOKENS, KEYS=KEYS, FEATURES=FEATURES, PLACES=triton.next_power_of_2(k),
     )  # fmt: skip
