@@ -57,7 +57,8 @@ class Original:
         self.host = host
         self.methods: list[Method] = []
         self._adapters = host.attached()
-        self._trained = [(parameter, parameter.requires_grad) for parameter in host.model.parameters()]
+        # By name: the parameters themselves would live on where the model's are replaced.
+        self._trained = {name: parameter.requires_grad for name, parameter in host.model.named_parameters()}
         self._modes = [(module, module.training) for module in host.model.modules()]
 
     def attach(self, method: Method) -> None:
@@ -77,8 +78,8 @@ class Original:
             self.methods.pop().detach(self.host)
         if half_done:
             self.host.strip(keep=self._adapters)
-        for parameter, trained in self._trained:
-            parameter.requires_grad_(trained)
+        for name, parameter in self.host.model.named_parameters():
+            parameter.requires_grad_(self._trained[name])
         for module, training in self._modes:
             module.training = training
 

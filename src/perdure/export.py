@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import BadInput
 from .hosts.roles import PREFIX
 from .memory.effects import low_rank_update
+from .sharding import in_parts
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -48,6 +49,8 @@ def export(learner: Learner, folder: str | Path, to: str) -> dict[str, Any]:
     if learner.position.phase == "train" or not learner.history:
         state = "stands in the middle of an experience" if learner.history else "has learnt nothing yet"
         raise BadInput(f"export: the learner {state}; learn the experience to its end first")
+    if to == "merged" and in_parts(learner.model):
+        raise BadInput("export: the host is split over processes; save the learner and load it in one to export it")
     make = {"merged": _Merged, "peft": _Peft, "stacked": _Stacked}[to](learner)
     with files.writing(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

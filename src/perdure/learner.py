@@ -18,6 +18,7 @@ from .arrivals import arrival, learn_spooled
 from .assembly import as_labels
 from .attachment import holds, release
 from .bookkeeping import Counters, Past, Position, quiet
+from .config import TrainingConfig
 from .data import Batch, Output, Row, Rows, without_answers
 from .early_stopping import EarlyStopping
 from .errors import BadInput
@@ -42,7 +43,8 @@ class Learner(Loop):
     def evaluate(
         self, experiences: Sequence[Experience], split: str = "test", *, per_class: dict[str, list[int]] | None = None
     ) -> dict[int, float | None]:
-        """Scores the model on each experience; nothing of the learner changes, random states included.
+        """Scores the model on each experience; nothing of the learner changes, random states included. With
+        `training.shard` all processes must call whatever runs the model, with the same rows.
 
         Args:
             experiences: e.g. `stream.seen`.
@@ -247,9 +249,8 @@ class Learner(Loop):
 
     def detach(self) -> nn.Module:
         """Takes everything out of the model again and returns it: the original, bit for bit, which parameters train and
-        the mode of its modules included. The learner is then of no further use; a second call does nothing.
-
-        With `training.shard` its blocks stay split over the processes.
+        the mode of its modules included; blocks that `training.shard` split stay so. The learner is then of no further
+        use, and a second call does nothing.
         """
         if holds(self.model, self._held):
             self._original.restore()
@@ -422,16 +423,6 @@ class Learner(Loop):
             "higher_is_better": self.objective.higher_is_better,
         }
 
-    def frozen_base(self) -> dict[str, Tensor]:
-        """The host's own tensors that no method trains or put in, by name; merged weights as they were at attach."""
-        trained = {id(p) for _, p in self.named_trainable()} | {id(p) for m in self.methods for _, p in m.touched()}
-        originals = {id(p): tensor for m in self.methods for p, tensor in m.originals()}
-        found: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
-        return {
-            name: originals.get(id(tensor), tensor) for name, tensor in found.items()
-            if (id(tensor) not in trained or id(tensor) in originals) and "perdure" not in name
-        }  # fmt: skip
-
     def _base_name(self) -> str:
         """What `from_pretrained` can load the base by: as `load_model` was asked for it, else as transformers was."""
         asked = getattr(self.model, ASKED, None)
@@ -456,9 +447,13 @@ class Learner(Loop):
             if not values["base"]["name"]:
                 raise BadInput(f"{folder}: does not say which model it belongs to; give `model` and `processor`")
             model, processor, _ = load_model(values["base"]["name"], objective)
-        learner = cls(model, processor, **point_to(values["settings"], folder))
+        settings = point_to(values["settings"], folder)
+        whole = {**settings, "training": {**settings["training"], "shard": "none"}}  # split only once all fits
+        learner = cls(model, processor, **whole)
         try:
             learner._take_over(tensors, values, folder)
+            learner.training = TrainingConfig(**settings["training"])
+            learner.split()
         except BaseException:
             learner.detach()
             raise

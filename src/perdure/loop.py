@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .assembly import (
     as_labels,
@@ -37,7 +37,7 @@ from .methods import Method
 from .protocol import check_granted
 from .replay import ReplayBuffer
 from .services import Services
-from .sharding import check_sharding, split_host
+from .sharding import check_sharding, refuse_split, split_host
 from .state import generator_state, model_hash, set_generator_state
 from .stepping import Stepping
 from .streams.experience import Experience
@@ -111,6 +111,7 @@ class Loop(Stepping):
         check_combination(self.methods, self.objective, self.head, self.protocol, self.declared)
         self.host = Host(model, getattr(self.objective.config, "tower", None))
         refuse_taken(model)
+        refuse_split(model)
         self.objective.check_model(model, processor)
         self.model, self.processor, self.seed = model, processor, seed
         automatic = getattr(self.objective.config, "pooling", None) == "auto"
@@ -155,8 +156,7 @@ class Loop(Stepping):
 
     def _enter_model(self) -> None:
         self.model.to(self.device)
-        own = list(self.model.parameters())
-        for parameter in own:
+        for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         for item in self.methods:
             item.loop = self.services
@@ -164,15 +164,29 @@ class Loop(Stepping):
         check_touched(self.methods)
         check_routing(self.methods)
         self.system = System(self).to(self.device).eval()
-        if self.training.shard == "host" and self._world > 1:
-            self._base_hash = self.base_hash()  # of the whole; it cannot change any more
-            split_host(self.host, self.methods, own, self._world)
         self._held = hold(self.model, self.methods)
         check_bytes(self, "before anything is learnt")
+        self.split()
+
+    def split(self) -> None:
+        """Splits the host over the processes where `training.shard` says so; after that nothing may be refused."""
+        if self.training.shard == "host" and self._world > 1:
+            self._base_hash = self.base_hash()  # of the whole; it cannot change any more
+            split_host(self.host, self.frozen_base(), self._world)
+
+    def frozen_base(self) -> dict[str, Tensor]:
+        """The host's own tensors that no method trains or put in, by name; merged weights as they were at attach."""
+        trained = {id(p) for _, p in self.named_trainable()} | {id(p) for m in self.methods for _, p in m.touched()}
+        originals = {id(p): tensor for m in self.methods for p, tensor in m.originals()}
+        found: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
+        return {
+            name: originals.get(id(tensor), tensor) for name, tensor in found.items()
+            if (id(tensor) not in trained or id(tensor) in originals) and "perdure" not in name
+        }  # fmt: skip
 
     def base_hash(self) -> str:
         """Hash of the frozen base, by which a saved state knows its model."""
-        return self._base_hash or model_hash(self.frozen_base())  # pyright: ignore[reportAttributeAccessIssue]  # a Learner
+        return self._base_hash or model_hash(self.frozen_base())
 
     def refuse_detached(self) -> None:
         """Raises BadInput after `detach`: the model is no longer what was learnt."""

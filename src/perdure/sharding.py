@@ -7,7 +7,7 @@ are no part of that: their gradients are exchanged as without it, and a bank may
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .errors import BadInput
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
-    from .hosts import Host
+    from .hosts import Block, Host
     from .methods import Method
 
 
@@ -24,10 +24,6 @@ def check_sharding(methods: Sequence[Method], training: TrainingConfig) -> None:
     """Raises BadInput where a method wants more of the host's weights than to compute with them."""
     if training.shard == "none":
         return
-    from torch.distributed.fsdp import fully_shard
-
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise BadInput("training.shard: is host, which needs a later torch (fully_shard without ignored_params here)")
     for method in methods:
         why = "trains, overwrites or takes gradients of the host's own weights" if method.uses_host_weights else ""
         if getattr(method.config, "pretrain", None) is not None:
@@ -37,42 +33,68 @@ def check_sharding(methods: Sequence[Method], training: TrainingConfig) -> None:
         if why:
             raise BadInput(
                 f"training.shard: is host, but {method.name} {why}, which the processes then hold in parts; set it to "
-                "none or choose a method that leaves the host as it is (lora, moram, apn, rwf)"
+                "none or choose a method that leaves the host as it is (such as moram or lora)"
             )
 
 
-def split_host(host: Host, methods: Sequence[Method], own: Iterable[nn.Parameter], processes: int) -> None:
-    """Splits the blocks' parameters among those in `own`, the host's; all processes must call it.
+def refuse_split(model: nn.Module) -> None:
+    """Raises BadInput where a model's weights are split already, by a learner before or by others."""
+    if in_parts(model):
+        raise BadInput("model: its weights are split over processes; load the model again")
 
-    Embeddings and what stands behind the blocks stay whole in every process.
+
+def split_host(host: Host, frozen: Container[str], processes: int) -> None:
+    """Splits the parameters of all blocks that `frozen` names; all processes must call it.
+
+    Embeddings and what stands behind the blocks stay whole in every process. Nothing is split where it raises.
 
     Raises:
-        BadInput: a method overwrites one of them, or the host has no blocks.
+        BadInput: a method trains or overwrites a weight of a block, blocks share modules, or torch is too old.
     """
+    import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    kept = {id(parameter) for parameter in own}
-    for method in methods:
-        for name, parameter in method.touched():
-            if id(parameter) in kept:
-                raise BadInput(f"training.shard: is host, but {method.name} overwrites {name}; set it to none")
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise BadInput(f"training.shard: is host, but torch {torch.__version__} cannot leave parameters out; renew it")
+    blocks = [block for tower in host.towers for block in host.blocks(tower)]
+    _refuse_shared(blocks)
+    others = [_not_split(block, frozen) for block in blocks]
     mesh = init_device_mesh(next(host.model.parameters()).device.type, (processes,))
-    for block in host.blocks():
-        others = {parameter for parameter in block.module.parameters() if id(parameter) not in kept}
+    for block, ignored in zip(blocks, others, strict=True):
         # Each block is a root of its own, which would keep its weights whole after the first pass if not told.
-        fully_shard(block.module, mesh=mesh, reshard_after_forward=True, ignored_params=others)
+        fully_shard(block.module, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+
+
+def _not_split(block: Block, frozen: Container[str]) -> set[nn.Parameter]:
+    """What methods brought into a block."""
+    found = set()
+    for name, parameter in block.module.named_parameters():
+        if f"{block.path}.{name}" in frozen:
+            continue
+        if "perdure" not in name:  # as what we put in is called, by PEFT too
+            raise BadInput(
+                f"training.shard: is host, but a method trains or overwrites {block.path}.{name}; set it to none"
+            )
+        found.add(parameter)
+    return found
+
+
+def _refuse_shared(blocks: Sequence[Block]) -> None:
+    owners: dict[int, str] = {}
+    for block in blocks:
+        for module in block.module.modules():
+            if next(module.parameters(recurse=False), None) is None:
+                continue
+            other = owners.setdefault(id(module), block.name)
+            if other != block.name:  # the first one's weights are gathered for the first one alone
+                raise BadInput(f"training.shard: is host, but blocks {other} and {block.name} share modules; set none")
 
 
 def in_parts(module: nn.Module) -> list[str]:
     """Names of the parameters of which this process holds a part."""
-    return [name for name, parameter in module.named_parameters() if _is_split(parameter)]
+    return [name for name, parameter in module.named_parameters() if is_split(parameter)]
 
 
-def held_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters that this process holds, parts as parts."""
-    return sum((p.to_local() if _is_split(p) else p).nbytes for p in module.parameters())  # type: ignore[operator]
-
-
-def _is_split(tensor: Tensor) -> bool:
+def is_split(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from .bookkeeping import Counters, Past, Position
 from .data import Batch, Output, Row, Rows
 from .early_stopping import EarlyStopping
-from .errors import NonFiniteLoss
+from .errors import BadInput, NonFiniteLoss
 from .loading import Plan, Prefetch, derived_seed, make_batch, take, without_fillers
 from .methods import Method
 from .optim import Optimization
 from .passes import Passes
-from .sharding import in_parts
+from .sharding import in_parts, is_split
 from .watch import OwnPasses, check_batch
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ class Stepping(Passes):
         for parameter in self.model.parameters():  # what trained in an earlier experience may stand still now
             parameter.requires_grad_(False)
         for group in groups:
-            for _, parameter in group["params"]:
+            for name, parameter in group["params"]:
+                if is_split(parameter):
+                    raise BadInput(f"training.shard: is host, but {name} of the host trains; set it to none")
                 parameter.requires_grad_(True)
         self.optimization = Optimization(self.training, groups, keep)
         self.wrapped = self._wrap()

@@ -7,9 +7,11 @@ float64, no dropout, a global batch of 4 and a last batch of 3 rows, which two p
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
+import weakref
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from perdure.assembly import complete_methods
 from perdure.config import TrainingConfig
 from perdure.errors import BadInput
 from perdure.learner import Learner
-from perdure.sharding import check_sharding, held_bytes, in_parts
+from perdure.sharding import check_sharding, in_parts, is_split
 
 from . import cases
 
@@ -57,13 +59,55 @@ CASES |= {name: (name.rpartition("/")[2], SPECS[name.partition(" ")[0]]) for nam
 CASES |= {f"moram+{head}/bert": ("bert", SPECS["moram"]) for head in ("ridge", "ncm", "slda", "slca")}
 
 
-def check_split(learner: Any) -> None:
+def held_bytes(module: torch.nn.Module) -> int:
+    """Of parameters, parts as parts."""
+    return sum((p.to_local() if is_split(p) else p).nbytes for p in module.parameters())  # type: ignore[operator]
+
+
+def check_split(learner: Learner) -> None:
     """Of what the blocks hold frozen, each of two processes keeps half, up to rows that do not divide."""
     blocks = [block.module for block in learner.host.blocks()]
     parts = [block.get_parameter(name) for block in blocks for name in in_parts(block)]
     split, whole = sum(p.nbytes for p in parts), sum(p.nbytes for block in blocks for p in block.parameters())
     kept = sum(map(held_bytes, blocks))
     assert split > 0 and whole - 0.55 * split < kept < whole - 0.45 * split, (split, whole, kept)
+
+
+def refused(words: str, function: Any, *given: Any, **named: Any) -> None:
+    try:
+        function(*given, **named)
+    except BadInput as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(f"not refused: {words}")
+
+
+def check_a_split_host() -> None:
+    """Nothing of the whole lives on; what is refused leaves a model as it was; a split one is not taken again."""
+    named: dict[str, Any] = {"training": {"shard": "host"}, "objective": {"classification": {"max_length": 32}}}
+    named |= {"protocol": {"rehearsal": 12, "mask": "seen"}, "method": SPECS["moram"]}
+    for method in ("moram", "lora", "linear_probe"):
+        model, processor = cases.build_host("bert")
+        trains = {name: bool(number % 2) for number, (name, _) in enumerate(model.named_parameters())}
+        for name, on in trains.items():
+            model.get_parameter(name).requires_grad_(on)
+        whole = [weakref.ref(p) for layer in model.encoder.layer for p in layer.parameters()]
+        learner = Learner(model, processor, **{**named, "method": SPECS[method]})
+        check_split(learner)
+        gc.collect()
+        assert whole and not any(reference() is not None for reference in whole), method
+        refused("load the model again", Learner, learner.detach(), processor, **named)
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == trains
+    model, processor = cases.build_host("bert")
+    model.encoder.layer[1].output = model.encoder.layer[0].output
+    refused("share modules", Learner, model, processor, **named)
+    assert not in_parts(model)
+    with tempfile.TemporaryDirectory() as folder:
+        cases.build_learner("bert", SPECS["moram"], shard="host").save_pretrained(folder)
+        model, processor = cases.build_host("bert")
+        model.encoder.layer[0].output.dense.weight.data.add_(1)
+        refused("its weights", Learner.from_pretrained, folder, model, processor)
+        assert not in_parts(model)
 
 
 def learn(name: str, processes: int) -> dict[str, Any]:
@@ -91,12 +135,16 @@ def learn(name: str, processes: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             learner.save_pretrained(folder)
             again = Learner.from_pretrained(folder, *cases.build_host(host, torch.float64))
-        assert torch.equal(cases.outputs(again, made), logits)
+        assert torch.equal(cases.outputs(again, made), logits) and bool(in_parts(again.model)) == (processes > 1)
+    if name == "lora sharded/bert" and processes > 1:
+        refused("split over processes", learner.export, "unused", "merged")
     return {"losses": losses, "logits": logits.tolist(), "samples": [learner.counters.samples]}
 
 
 def main() -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        check_a_split_host()
     found = {name: learn(name, processes) for name in CASES}
     save_file(
         {

@@ -9,7 +9,7 @@ import pytest
 from perdure.assembly import complete_methods
 from perdure.config import TrainingConfig
 from perdure.errors import BadInput
-from perdure.sharding import check_sharding, held_bytes, in_parts
+from perdure.sharding import check_sharding, in_parts
 from tests.conformance import cases
 
 
@@ -47,5 +47,4 @@ def test_the_model_is_untouched_by_a_refusal() -> None:
 def test_one_process_holds_everything() -> None:
     learner = cases.build_learner("bert", cases.all_specs()["moram"], shard="host")
     assert in_parts(learner.model) == []
-    assert held_bytes(learner.model) == sum(p.nbytes for p in learner.model.parameters())
     assert learner.base_hash() == cases.build_learner("bert", "linear_probe").base_hash()

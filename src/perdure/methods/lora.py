@@ -84,7 +84,7 @@ class LoRA(Method):
         self._sites = host.sites(config.targets, layers=config.layers)
         self._refuse(host)
         self._pretrained = HostParameters(host.named_parameters() if config.pretrain else [])
-        self._trained = [(p, p.requires_grad) for p in host.model.parameters()]  # PEFT freezes the host
+        self._trained = {name: p.requires_grad for name, p in host.model.named_parameters()}  # PEFT freezes the host
         modules = {site.path: site.module for site in self._sites}
         self._originals: list[tuple[nn.Module, str, nn.Module]] = []
         for path, module in modules.items():
@@ -153,8 +153,8 @@ class LoRA(Method):
         for parent, leaf, module in self._originals:
             setattr(parent, leaf, module)
         self._pretrained.restore()
-        for parameter, trained in self._trained:
-            parameter.requires_grad_(trained)
+        for name, parameter in host.model.named_parameters():
+            parameter.requires_grad_(self._trained.get(name, parameter.requires_grad))
 
     def _named(self, adapters: list[str] | None = None) -> list[tuple[str, nn.Parameter]]:
         named = []
