@@ -46,7 +46,18 @@ def options_of(
     return options
 
 
-def roofline(one: Callable[[], Any], held: Iterable[Any], moved: int, pairs: int) -> dict[str, Any]:
+def counted(one: Callable[[], Any], held: Iterable[Any] = ()) -> Any:
+    """The `Meter` of one call: FLOPs, and bytes alive at the worst moment, those `held` before it included."""
+    from perdure.metering import Meter
+
+    with Meter(held) as meter:
+        one()
+    return meter
+
+
+def roofline(
+    one: Callable[[], Any], held: Iterable[Any], moved: int, pairs: int, seconds: float | None
+) -> dict[str, Any]:
     """How near `one` comes to what the machine can do, each ceiling timed in turn with it.
 
     Args:
@@ -58,14 +69,11 @@ def roofline(one: Callable[[], Any], held: Iterable[Any], moved: int, pairs: int
     """
     import torch
 
-    from perdure.metering import Meter
-
-    with Meter(held) as meter:
-        one()
+    meter = counted(one, held)
     left, right, source = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE), torch.randn(16 * SIDE * SIDE)
     target = torch.empty_like(source)
-    product = compare(one, lambda: left @ right, pairs=pairs, warmup=1)
-    copy = compare(one, lambda: target.copy_(source), pairs=pairs, warmup=1)
+    product = compare(one, lambda: left @ right, pairs=pairs, warmup=1, seconds=seconds)
+    copy = compare(one, lambda: target.copy_(source), pairs=pairs, warmup=1, seconds=seconds)
     shares = {
         "arithmetic": meter.flops / (2 * SIDE**3) / product.median,
         "memory": moved / (2 * source.nbytes) / copy.median,

@@ -71,6 +71,9 @@ def _cell(name: str, value: Any) -> str:
 def _chart(rows: Rows, by: str, line: Callable[[dict[str, Any]], str], label: str, title: str) -> str:
     """Median ratios over `by`, a line for each value of `line`; both axes logarithmic."""
     found: dict[str, list[dict[str, Any]]] = {}
+    rows = [row for row in rows if by in row and row["low"] > 0]
+    if not rows:
+        return ""
     for row in rows:
         found.setdefault(line(row), []).append(row)
     series = []

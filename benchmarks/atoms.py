@@ -154,7 +154,7 @@ def measure(
                     case["recall"] = recall(bank, x.detach())
                 held = [x, grad, *bank.parameters(), *bank.buffers()]
                 moved = 2 * bytes_of(x, grad) + bytes_of(*bank.buffers(), *bank.parameters(), *bank.parameters())
-                case |= roofline(step(mine, x, grad), held, moved, 5)
+                case |= roofline(step(mine, x, grad), held, moved, 5, seconds)
                 pairings = [("read", name, mine, arm) for name, arm in {"dense": dense(d), **rivals}.items()]
                 pairings.append(("layer", "lora", on_base(d, mine), lora(d)))
                 other = "dense" if path == "gather" else "gather"

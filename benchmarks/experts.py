@@ -3,8 +3,8 @@
     python -m benchmarks.experts             # MiniLM and a GPT-2 of the same shape, after 1, 4 and 8 tasks
     python -m benchmarks.experts --smoke     # seconds; the numbers mean nothing
 
-Every past task left an expert with `density` of each map's weights, the latest one trains, and so does the gate. The
-density is such that as many values train as LoRA r = 8 has on the same maps. A step is forward, backward and AdamW
+Every past task left an expert with r (d_in + d_out) of each map's weights, which is what LoRA r = 8 has on the same
+maps. The latest one trains, and beside it the gate, which LoRA has not. A step is forward, backward and AdamW
 on what trains; the loss is the mean of the last hidden states' squares, the same for both, and the gate's regularisers
 are left out. Ratios are SETA / LoRA.
 """
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.output is None:
         return
     settings = {"rank": RANK, "batch": BATCH, "length": length, "dtype": "float32", "pairs": options.pairs}
-    notes = ["ratio = SETA / PEFT's LoRA, pair by pair, equal numbers of values that train."]
+    notes = ["ratio = SETA / PEFT's LoRA, pair by pair, equal numbers of values that train, the gate of SETA aside."]
     write(options.output, "experts", settings, rows, notes)
     print(f"written: {options.output}")
 

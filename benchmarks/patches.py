@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from perdure.layers import PatchLayer
 from perdure.memory import choose_patch_path
-from perdure.metering import Meter
 from perdure.optim_rows import RowAdamW
 
-from ._harness import bytes_of, compare, options_of, roofline, row, write
+from ._harness import bytes_of, compare, counted, options_of, roofline, row, write
 
 
 class Gathered(PatchLayer):
@@ -49,12 +48,6 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
     return lambda: (torch.autograd.grad(layer(x), wanted, grad), None)[1]
 
 
-def peak(layer: nn.Module, x: Tensor, grad: Tensor) -> int:
-    with Meter([x, grad, *layer.parameters()]) as meter:
-        step(layer, x, grad)()
-    return meter.peak_bytes
-
-
 def check_equal(one: nn.Module, other: nn.Module, x: Tensor, grad: Tensor) -> float:
     found = []
     for layer in (one, other):
@@ -75,11 +68,11 @@ def layers(tokens: int, width: int, sizes: dict[str, int], pairs: int, seconds: 
     case: dict[str, Any] = {"width": width, **sizes, "tokens": tokens, "path": path, "relative_difference": difference}
     parameters = list(mine.parameters())
     moved = 2 * bytes_of(x, grad) + 2 * bytes_of(*parameters)
-    case |= roofline(step(mine, x, grad), [x, grad, *parameters], moved, 5)
+    case |= roofline(step(mine, x, grad), [x, grad, *parameters], moved, 5, seconds)
     rows = []
     for against, other in (("gathered", gathered), ("dense", feed_forward(width))):
         ratio = compare(step(mine, x, grad), step(other, x, grad), pairs=pairs, seconds=seconds)
-        most = peak(other, x, grad)
+        most = counted(step(other, x, grad), [x, grad, *other.parameters()]).peak_bytes
         rows.append(row({**case, "other_peak_bytes": most}, against, ratio))
         share, whole = case["peak_bytes"] / most, most / 2**20
         print(

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from perdure import attach
-from perdure.metering import Meter
 from perdure.models import load_model
 
-from ._harness import compare, options_of, row, write
+from ._harness import compare, counted, options_of, row, write
 
 VITS = {
     "vit-b16": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -65,12 +64,6 @@ def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Any]:
     return one
 
 
-def flops(once: Callable[[], Any]) -> int:
-    with Meter() as meter:
-        once()
-    return meter.flops
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prompts", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hosts", nargs="+", default=[*VITS, "minilm"], choices=[*VITS, "minilm"])
@@ -81,15 +74,15 @@ def main(argv: list[str] | None = None) -> None:
     for host in options.hosts:
         inputs = input_of(host, options.batch)
         frozen = forward(host_of(host), inputs)
-        own = flops(frozen)
+        own = counted(frozen).flops
         for name, method in METHODS.items():
             with_prompts = forward(attach(host_of(host), method(blocks)).eval(), inputs)
             ratio = compare(with_prompts, frozen, pairs=options.pairs, warmup=2, seconds=options.seconds)
-            counted = flops(with_prompts) / own
-            rows.append({**row({"host": host, "method": name}, "frozen", ratio), "flops_ratio": round(counted, 4)})
+            work = counted(with_prompts).flops / own
+            rows.append({**row({"host": host, "method": name}, "frozen", ratio), "flops_ratio": round(work, 4)})
             print(
                 f"{host:<10} {name:<15} {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}) of the frozen host, "
-                f"FLOPs {counted:.3f}",
+                f"FLOPs {work:.3f}",
                 flush=True,
             )
     if options.output is not None:

@@ -145,6 +145,9 @@ def test_bank_freezes_saves_and_loads_grown_sizes():
         return sparse_delta(x, gates, which.frozen_values, which.new_values, *which.entries(), 6)
 
     assert torch.equal(read(fresh), read(bank))
+    odd = bank.state_dict() | {"new_index": bank.state_dict()["new_index"].flip(0)}
+    with pytest.raises(RuntimeError, match="not in order"):
+        SparseBank(7, 6).load_state_dict(odd)
     parameter = fresh.new_values
     fresh.load_state_dict(bank.state_dict())
     assert fresh.new_values is parameter, "a parameter that fits stays the same object"

@@ -349,7 +349,7 @@ def test_the_terminal_shows_ten_of_many_experiences(learnt, of, rows, columns):
     assert table.row_count == len(rows)
     names = list(table.columns[0].cells)
     assert [str(name).split()[0] for name in names] == [str(number) for number in rows]
-    assert ("of 50 experiences" in str(table.caption)) == (learnt == 50)
+    assert ("of 50 experiences" in str(table.caption)) == (of == 50)
 
 
 def test_the_terminal_shows_differences_to_the_reference():

@@ -37,15 +37,22 @@ def test_plots_and_every_row(tmp_path: Path, sizes: list[int]) -> None:
 
 def test_smoke_numbers_stay_out_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        command.main(["--smoke"])
+        command.main(["--smoke", "--folder", "results/speed"])
     assert "name a --folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--smoke", "--only", "startup", "loop"])
+    assert "startup, loop has no tiny setting" in capsys.readouterr().err
 
 
-def test_a_failed_benchmark_fails_the_command_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_benchmark_fails_the_command_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     ran: list[str] = []
     monkeypatch.setattr(command, "run", lambda name, *_: ran.append(name) or int(name == "atoms"))
-    with pytest.raises(SystemExit, match="failed: atoms"):
+    speed_file(tmp_path, "step", [{"host": "minilm", "what": "an odd row"}])
+    with pytest.raises(SystemExit) as found:
         command.main(["--folder", str(tmp_path), "--only", "atoms", "patches"])
+    assert found.value.code == 1 and "failed: atoms" in capsys.readouterr().err
     assert ran == ["atoms", "patches"] and (tmp_path / "index.html").exists()
 
 

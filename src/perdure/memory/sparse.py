@@ -152,6 +152,11 @@ class SparseBank(nn.Module):
                     f"sparse bank {prefix!r}: entries lie outside [{self.out_features}, {self.in_features}]"
                 )
                 return
+            for part in ("frozen", "new"):
+                place = found[f"{part}_expert"].long() * (self.in_features * self.out_features)
+                if bool(((place + found[f"{part}_index"].long()).diff() <= 0).any()):  # the sparse products rely on it
+                    error_msgs.append(f"sparse bank {prefix!r}: entries are not in order; damaged state")
+                    return
             for name in (*_FROZEN, *_NEW):
                 size = found[name].shape
                 if getattr(self, name).shape == size:

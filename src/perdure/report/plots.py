@@ -31,8 +31,8 @@ def names_of(report: Report) -> list[str]:
 
 
 def score_axis(values: Sequence[float], metric: str, label: str) -> svg.Axis:
-    """An axis: what is shown in per cent from 0 to 100 % unless all lie on one side of 50 %, and then to that end;
-    perplexities from their own range.
+    """An axis: what is shown in per cent from 0 to 100 % unless all lie on one side of 50 %, and then from or to just
+    beyond them; perplexities from their own range.
     """
 
     def show(v: float) -> str:
@@ -42,7 +42,7 @@ def score_axis(values: Sequence[float], metric: str, label: str) -> svg.Axis:
         low = min(values, default=0.0)
         floor = math.floor((low - 0.02) * 10) / 10 if low > 0.5 else 0.0
         high = max(values, default=1.0)
-        roof = math.ceil((high + 0.02) * 10) / 10 if high < 0.5 else max(1.0, high)
+        roof = max(0.1, math.ceil((high + 0.02) * 10) / 10) if high < 0.5 else max(1.0, high)
         return svg.Axis(min(floor, math.floor(low * 10) / 10), roof, f"{label} (%)", show)
     low, high = min(values, default=1.0), max(values, default=2.0)
     return svg.Axis(low, high, label, show)

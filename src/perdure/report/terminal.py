@@ -28,7 +28,7 @@ _HEADINGS = {
 
 
 def run_table(report: Mapping[str, Any]) -> Table:
-    """The matrix of a run; of a long stream ten experiences, evenly spaced, the first and the last among them."""
+    """The matrix of a run; of a long stream ten experiences that were learnt, evenly spaced, and the next one."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -47,8 +47,8 @@ def run_table(report: Mapping[str, Any]) -> Table:
     for i in shown:
         name = f"{i + 1} {names[i]}" if names[i] != str(i + 1) else names[i]
         table.add_row(escape(name), *(words.score(rows[i][j], metric) for j in columns), words.score(means[i], metric))
-    if len(shown) < len(rows):
-        table.caption = f"{len(shown)} of {len(rows)} experiences; averages are over all, and all are in the report"
+    if len(columns) < width:
+        table.caption = f"{len(shown)} of {width} experiences; averages are over all, and all are in the report"
         table.caption_justify = "left"
     return table
 
