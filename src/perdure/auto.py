@@ -46,7 +46,9 @@ perdure compare my.yaml --methods auto,lora,er
 
 Made by `python -m perdure.auto docs/auto.md results/ledger.jsonl`. Rows whose runs scored no validation rows at the end
 and rows of fewer than three seeds are not in it. Figures are means over the seeds of the ledger; over several streams,
-arithmetic means of accuracies and geometric means of perplexities.
+arithmetic means of accuracies and geometric means of perplexities. Recipes on the same stream and model stand together
+under the first one's name (their numbers of trials may differ; each recipe says its own). Of several streams the one
+with the most arms comes first, and another joins while at least half of its arms stay, measured on all.
 """
 
 
@@ -155,12 +157,14 @@ def extract(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What `choose` may offer, best first within each kind and scenario.
 
     Rows without `run` or validation figures, those of fewer than `LEAST_SEEDS` seeds, and arms that have all data at
-    once or task ids at test, are left out. An arm is its name and its head.
+    once or task ids at test, are left out. An arm is its name and its head. Recipes with the same model and stream are
+    one stream, called as the first of them.
     """
     from .evaluation.ledger import latest
     from .recipe import load_recipe
 
     groups: dict[tuple[str, str], dict[str, dict[tuple[str, str | None], Mapping[str, Any]]]] = {}
+    names: dict[Any, str] = {}
     found: dict[tuple[str, str, str, str | None], dict[str, Any]] = {}
     for row in latest(rows):
         figure = row["metrics"].get(FIGURE)
@@ -170,12 +174,14 @@ def extract(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if row["method"] not in recipe.arms or _is_bound(recipe.arms[row["method"]].method):
             continue
         key = (_kind(recipe._base), _scenario(recipe._base))
-        groups.setdefault(key, {}).setdefault(row["recipe"], {})[row["method"], row["head"]] = row
+        same = json.dumps([row["model"], recipe._base["stream"]], sort_keys=True)
+        stream = names.setdefault((key, same), row["recipe"])
+        groups.setdefault(key, {}).setdefault(stream, {})[row["method"], row["head"]] = row
         arm = recipe.arms[row["method"]].model_dump(mode="json", exclude_defaults=True)
         found.setdefault((*key, row["method"], row["head"]), arm)
     offers = []
-    for (kind, scenario), streams in sorted(groups.items()):
-        everywhere = set.intersection(*(set(arms) for arms in streams.values()))
+    for (kind, scenario), measured in sorted(groups.items()):
+        streams, everywhere = _together(measured)
         sign = -1 if OBJECTIVES.get(kind.split()[0]).higher_is_better else 1
         group = []
         for arm, head in everywhere:
@@ -191,6 +197,21 @@ def extract(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             )  # fmt: skip
         offers += sorted(group, key=lambda offer: (sign * mean(offer["validation"].values()), offer["arm"]))
     return offers
+
+
+def _together(streams: Mapping[str, dict[Any, Any]]) -> tuple[dict[str, dict[Any, Any]], set[Any]]:
+    """Streams that are judged together, and the arms measured on all of them.
+
+    The one with the most arms comes first; another joins while at least half of its arms stay, measured on all.
+    """
+    chosen: dict[str, dict[Any, Any]] = {}
+    everywhere: set[Any] = set()
+    most = max(len(arms) for arms in streams.values())
+    for stream, arms in sorted(streams.items(), key=lambda pair: -len(pair[1])):
+        both = everywhere & set(arms) if chosen else set(arms)
+        if 2 * len(both) >= most:
+            chosen[stream], everywhere = arms, both
+    return chosen, everywhere
 
 
 def _tested_mean(metrics: Mapping[str, Any]) -> float:

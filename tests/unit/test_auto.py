@@ -35,6 +35,7 @@ def settings(**changes):
 
 def row(folder, named, arm, valid, test=0.5, **changes):
     path = folder / f"{named}.yaml"
+    changes.setdefault("stream", {"source": f"{named}.jsonl", "scenario": "class_incremental", "experiences": 2})
     path.write_text(yamltext.dump(settings(name=named, **changes)), encoding="utf-8")
     figures = {"validation_average": valid, "average_accuracy": test}
     metrics = {name: {"mean": value, "low": None, "high": None} for name, value in figures.items() if value is not None}
@@ -72,6 +73,24 @@ def test_an_illustration_of_one_seed_decides_nothing(tmp_path):
     rows.append(row(tmp_path, "long", "probe", 0.9) | {"seeds": [0]})
     assert auto.extract(rows)[0]["arm"] == "er"
     assert not auto.extract([one | {"seeds": [0, 1]} for one in rows])
+
+
+def test_recipes_on_one_stream_are_one_stream(tmp_path):
+    stream = {"source": "shared.jsonl", "scenario": "class_incremental", "experiences": 2}
+    rows = [row(tmp_path, "one", "er", 0.6, stream=stream), row(tmp_path, "two", "moram", 0.7, stream=stream)]
+    rows.append(row(tmp_path, "two", "probe", 0.5, stream=stream) | {"model": "another"})  # one arm of three: left out
+    assert [(offer["arm"], offer["validation"]) for offer in auto.extract(rows)] == [
+        ("moram", {"one": 0.7}), ("er", {"one": 0.6}),
+    ]  # fmt: skip
+
+
+def test_a_stream_joins_where_half_of_the_arms_were_measured_on_it(tmp_path):
+    rows = [row(tmp_path, "one", arm, 0.5) for arm in ("er", "probe", "moram")]
+    rows.append(row(tmp_path, "small", "er", 0.1))
+    assert {tuple(offer["validation"]) for offer in auto.extract(rows)} == {("one",)}
+    rows += [row(tmp_path, "large", arm, value) for arm, value in (("er", 0.9), ("moram", 0.8))]
+    offers = auto.extract(rows)
+    assert [offer["arm"] for offer in offers] == ["er", "moram"] and list(offers[0]["validation"]) == ["one", "large"]
 
 
 def test_arms_of_one_name_under_different_heads_are_different_arms(tmp_path):
@@ -144,11 +163,15 @@ def test_controls_and_what_belongs_to_one_model_are_shown_and_not_offered(tmp_pa
 
 
 def test_perplexities_are_averaged_by_their_logarithms_and_the_lowest_wins(tmp_path):
-    stream = {"source": ["a.jsonl", "b.jsonl"], "scenario": "domain_incremental"}
-    language = {"objective": "causal_lm", "stream": stream, "model": {"scratch": {**TEXT["scratch"], "family": "gpt2"}}}
+    language = {"objective": "causal_lm", "model": {"scratch": {**TEXT["scratch"], "family": "gpt2"}}}
+    streams = {s: {"source": [f"{s}.jsonl", "b.jsonl"], "scenario": "domain_incremental"} for s in ("one", "two")}
     # By logarithms er has 6.0 and moram 6.2; the plain means are 6.5 and 6.2.
     table = {"one": {"er": 4.0, "moram": 6.2}, "two": {"er": 9.0, "moram": 6.2}}
-    rows = [row(tmp_path, s, arm, value, **language) for s, arms in table.items() for arm, value in arms.items()]
+    rows = [
+        row(tmp_path, s, arm, value, **language, stream=streams[s])
+        for s, arms in table.items()
+        for arm, value in arms.items()
+    ]
     assert [offer["arm"] for offer in auto.extract(rows)] == ["er", "moram"]
     assert auto.mean([4.0, 9.0]) == pytest.approx(6.0) and auto.mean([0.2, 0.4]) == pytest.approx(0.3)
     assert auto.mean([6.0, 5.9]) == pytest.approx(math.sqrt(35.4))
