@@ -83,8 +83,8 @@ def _not_split(block: Block, frozen: Container[str]) -> set[nn.Parameter]:
 def _refuse_shared(blocks: Sequence[Block]) -> None:
     owners: dict[int, str] = {}
     for block in blocks:
-        for module in block.module.modules():
-            if next(module.parameters(recurse=False), None) is None:
+        for name, module in block.module.named_modules():
+            if "perdure" in name or next(module.parameters(recurse=False), None) is None:  # ours may serve all blocks
                 continue
             other = owners.setdefault(id(module), block.name)
             if other != block.name:  # the first one's weights are gathered for the first one alone
