@@ -14,7 +14,10 @@ from typing import Any
 
 from perdure.timing import Ratio, bootstrap_median, compare
 
-__all__ = ["Ratio", "bootstrap_median", "compare", "machine", "options_of", "row", "tell", "write"]
+__all__ = [
+    "Ratio", "bootstrap_median", "bytes_of", "compare", "counted", "machine", "options_of", "roofline", "row", "tell",
+    "write",
+]  # fmt: skip
 
 SIDE = 1024
 """Of the square matrices whose product stands for what the machine can do."""

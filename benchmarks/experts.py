@@ -20,8 +20,8 @@ from perdure.attachment import attach, attachment
 from perdure.layers import SequenceGate, SparseExperts
 from perdure.memory import Support
 
-from ._harness import options_of, write
-from .step import BATCH, LENGTH, LINEARS, RANK, against_lora, lora, model_of
+from ._harness import options_of
+from .step import BATCH, LENGTH, LINEARS, RANK, against_lora, finish, lora, model_of
 
 
 def seta(host: str, layers: int, tasks: int) -> nn.Module:
@@ -55,12 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         other = lora(host, layers)
         for tasks in options.tasks:
             rows += against_lora({"host": host, "tasks": tasks}, seta(host, layers, tasks), other, ids, options)
-    if options.output is None:
-        return
-    settings = {"rank": RANK, "batch": BATCH, "length": length, "dtype": "float32", "pairs": options.pairs}
-    notes = ["ratio = SETA / PEFT's LoRA, pair by pair, equal numbers of values that train, the gate of SETA aside."]
-    write(options.output, "experts", settings, rows, notes)
-    print(f"written: {options.output}")
+    note = "ratio = SETA / PEFT's LoRA, pair by pair, equal numbers of values that train, the gate of SETA aside."
+    finish(options, "experts", length, rows, note)
 
 
 if __name__ == "__main__":

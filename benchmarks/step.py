@@ -112,6 +112,15 @@ def against_lora(case: dict[str, Any], mine: nn.Module, other: nn.Module, ids: t
     return rows
 
 
+def finish(options: argparse.Namespace, name: str, length: int, rows: list[dict[str, Any]], note: str) -> None:
+    """Writes the file, where one is wanted."""
+    if options.output is None:
+        return
+    settings = {"rank": RANK, "batch": BATCH, "length": length, "dtype": "float32", "pairs": options.pairs}
+    write(options.output, name, settings, rows, [note])
+    print(f"written: {options.output}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hosts", nargs="+", default=["minilm", "gpt2"], choices=list(LINEARS))
@@ -128,12 +137,7 @@ def main(argv: list[str] | None = None) -> None:
                 mine = moram(host, layers, experiences, search)
                 case = {"host": host, "experiences": experiences, "atoms": RANK * (experiences + 1), "search": search}
                 rows += against_lora(case, mine, other, ids, options)
-    if options.output is None:
-        return
-    settings = {"rank": RANK, "batch": BATCH, "length": length, "dtype": "float32", "pairs": options.pairs}
-    notes = ["ratio = MoRAM / PEFT's LoRA, pair by pair; below 1, MoRAM is faster."]
-    write(options.output, "step", settings, rows, notes)
-    print(f"written: {options.output}")
+    finish(options, "step", length, rows, "ratio = MoRAM / PEFT's LoRA, pair by pair; below 1, MoRAM is faster.")
 
 
 if __name__ == "__main__":

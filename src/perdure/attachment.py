@@ -79,7 +79,8 @@ class Original:
         if half_done:
             self.host.strip(keep=self._adapters)
         for name, parameter in self.host.model.named_parameters():
-            parameter.requires_grad_(self._trained[name])
+            # A method that failed midway may have left another name, and its error is the one to be seen.
+            parameter.requires_grad_(self._trained.get(name, parameter.requires_grad))
         for module, training in self._modes:
             module.training = training
 

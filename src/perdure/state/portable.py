@@ -18,8 +18,8 @@ from perdure.state.values import decode_values, encode_values, seal, unseal
 
 DOCUMENT = "perdure.json"
 _FORM: dict[str, type] = {
-    "settings": dict, "settings.objective": dict, "base": dict, "base.hash": str, "base.name": str, "names": list,
-    "methods": list, "labels": list, "history": list, "writes": list,
+    "settings": dict, "settings.objective": dict, "settings.training": dict, "base": dict, "base.hash": str,
+    "base.name": str, "names": list, "methods": list, "labels": list, "history": list, "writes": list,
 }  # fmt: skip
 
 
