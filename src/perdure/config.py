@@ -134,9 +134,9 @@ class TrainingConfig(Strict):
     keep_boundaries: int | None = Field(None, ge=0)
     """Boundary states kept for `perdure undo`; all when absent."""
     logging_steps: int = Field(10, ge=1)
-    shard: Literal["none", "host"] = "none"
-    """host: several processes split the frozen weights of the host's blocks among them (FSDP2); what trains stays whole
-    in each of them."""
+    shard: Literal["none", "host", "banks", "both"] = "none"
+    """What several processes split among them. host: the frozen weights of the host's blocks (FSDP2). banks: the frozen
+    items of a method's banks. What trains stays whole in each of them."""
     num_threads: int | None = Field(None, ge=1)
     """Threads of one process; recorded, because float sums depend on it."""
 

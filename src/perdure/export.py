@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .errors import BadInput
+from .gathering import processes
 from .hosts.roles import PREFIX
 from .memory.effects import low_rank_update
-from .sharding import in_parts
+from .sharding import in_parts, splits_banks
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -51,6 +52,8 @@ def export(learner: Learner, folder: str | Path, to: str) -> dict[str, Any]:
         raise BadInput(f"export: the learner {state}; learn the experience to its end first")
     if to == "merged" and in_parts(learner.model):
         raise BadInput("export: the host is split over processes; save the learner and load it in one to export it")
+    if splits_banks(learner.training) and processes() > 1:
+        raise BadInput("export: banks are split over processes; save the learner and load it in one to export it")
     make = {"merged": _Merged, "peft": _Peft, "stacked": _Stacked}[to](learner)
     with files.writing(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -30,6 +30,7 @@ from .memory.observe import RouterLog
 from .models import ASKED
 from .objectives import right
 from .passes import features_of
+from .sharding import first_alone, splits_banks
 from .streams.experience import Experience
 from .watch import check_scored_rows_gone, check_votes
 
@@ -374,6 +375,8 @@ class Learner(Loop):
             replay: also write the rows kept for rehearsal, as they are. Without them a method that rehearses begins
                 with an empty buffer.
 
+        Where `training.shard` splits banks, every process must call it, and the first one writes.
+
         Raises:
             CannotWrite: the disk is full or the folder not writable; what was there before stays.
         """
@@ -392,7 +395,8 @@ class Learner(Loop):
                 "save_pretrained: the %d rows kept for rehearsal are not in %s; replay=True takes them along",
                 len(self.replay), folder,
             )  # fmt: skip
-        return write_portable(Path(folder), tensors, values)
+        with first_alone(self.accelerator, splits_banks(self.training)) as writes:
+            return write_portable(Path(folder), tensors, values) if writes else Path(folder)
 
     def export(self, folder: str | Path, to: str = "merged") -> dict[str, Any]:
         """Writes what was learnt for other programs: "merged", "peft" or "stacked"; see `export.export`."""

@@ -37,7 +37,7 @@ from .methods import Method
 from .protocol import check_granted
 from .replay import ReplayBuffer
 from .services import Services
-from .sharding import check_sharding, refuse_split, split_host
+from .sharding import check_sharding, refuse_split, split_host, splits_banks, splits_host
 from .state import generator_state, model_hash, set_generator_state
 from .stepping import Stepping
 from .streams.experience import Experience
@@ -169,10 +169,14 @@ class Loop(Stepping):
         self.split()
 
     def split(self) -> None:
-        """Splits the host over the processes where `training.shard` says so; after that nothing may be refused."""
-        if self.training.shard == "host" and self._world > 1:
-            self._base_hash = self.base_hash()  # of the whole; it cannot change any more
+        """Splits what `training.shard` says over the processes; after that nothing may be refused."""
+        if self.training.shard == "none" or self._world == 1:
+            return
+        self._base_hash = self.base_hash()  # of the whole; it cannot change any more
+        if splits_host(self.training):
             split_host(self.host, self.frozen_base(), self._world)
+        for method in self.methods if splits_banks(self.training) else ():
+            method.split_banks(self.accelerator.process_index, self._world)
 
     def frozen_base(self) -> dict[str, Tensor]:
         """The host's own tensors that no method trains or put in, by name; merged weights as they were at attach."""

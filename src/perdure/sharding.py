@@ -1,13 +1,14 @@
-"""The frozen weights of a host split over processes, block by block (FSDP2), while what trains stays whole in each.
+"""What is frozen split over processes, while what trains stays whole in each and a bank may grow between steps.
 
-Every process keeps its part of each block; the whole block is there only while it computes. Adapters, banks and heads
-are no part of that: their gradients are exchanged as without it, and a bank may grow between steps.
+The host block by block (FSDP2): every process keeps its part of each block, the whole block is there only while it
+computes. A bank's frozen items by rows (`memory.parts`), the same way.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -15,14 +16,21 @@ from torch import Tensor, nn
 from .errors import BadInput
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from .config import TrainingConfig
     from .hosts import Block, Host
     from .methods import Method
 
 
 def check_sharding(methods: Sequence[Method], training: TrainingConfig) -> None:
-    """Raises BadInput where a method wants more of the host's weights than to compute with them."""
-    if training.shard == "none":
+    """Raises BadInput where a method wants more of the host's weights than to compute with them, or has no bank."""
+    if splits_banks(training) and not any(method.splits_banks for method in methods):
+        raise BadInput(
+            f"training.shard: is {training.shard}, but {', '.join(method.name for method in methods)} keeps no bank of "
+            "frozen items that grows; set it to none, or choose moram"
+        )
+    if not splits_host(training):
         return
     for method in methods:
         why = "trains, overwrites or takes gradients of the host's own weights" if method.uses_host_weights else ""
@@ -32,9 +40,17 @@ def check_sharding(methods: Sequence[Method], training: TrainingConfig) -> None:
             why = "keeps a copy of the model as it was"
         if why:
             raise BadInput(
-                f"training.shard: is host, but {method.name} {why}, which the processes then hold in parts; set it to "
-                "none or choose a method that leaves the host as it is (such as moram or lora)"
+                f"training.shard: is {training.shard}, but {method.name} {why}, which the processes then hold in parts; "
+                "set it to none or choose a method that leaves the host as it is (such as moram or lora)"
             )
+
+
+def splits_host(training: TrainingConfig) -> bool:
+    return training.shard in ("host", "both")
+
+
+def splits_banks(training: TrainingConfig) -> bool:
+    return training.shard in ("banks", "both")
 
 
 def refuse_split(model: nn.Module) -> None:
@@ -89,6 +105,16 @@ def _refuse_shared(blocks: Sequence[Block]) -> None:
             other = owners.setdefault(id(module), block.name)
             if other != block.name:  # the first one's weights are gathered for the first one alone
                 raise BadInput(f"training.shard: is host, but blocks {other} and {block.name} share modules; set none")
+
+
+@contextmanager
+def first_alone(accelerator: Accelerator, needed: bool) -> Iterator[bool]:
+    """Inside it is True for the process that shall write what all have; the others wait for it behind, if `needed`."""
+    try:
+        yield not needed or accelerator.is_main_process
+    finally:
+        if needed:
+            accelerator.wait_for_everyone()
 
 
 def in_parts(module: nn.Module) -> list[str]:

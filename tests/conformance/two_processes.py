@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from perdure.assembly import complete_methods
 from perdure.config import TrainingConfig
 from perdure.errors import BadInput
 from perdure.learner import Learner
+from perdure.memory import AtomBank, read_atoms
 from perdure.sharding import check_sharding, in_parts, is_split
+from perdure.streams.experience import Experience
 
 from . import cases
 
@@ -56,6 +59,10 @@ SHARDED = [  # the host split over the processes, what trains whole
     and (host == "bert" or name in ("moram", "lora"))
 ]  # fmt: skip
 CASES |= {name: (name.rpartition("/")[2], SPECS[name.partition(" ")[0]]) for name in SHARDED}
+BANKS = {"moram": "banks", "moram-contrast": "banks", "moram-protected": "both"}  # old atoms in parts; with the host
+CASES |= {  # 3 experiences leave 9 atoms a map, which two processes cannot share alike
+    f"{name} {shard}/bert": ("bert", {"moram": {**SPECS[name]["moram"], "rank": 3}}) for name, shard in BANKS.items()
+}
 CASES |= {f"moram+{head}/bert": ("bert", SPECS["moram"]) for head in ("ridge", "ncm", "slda", "slca")}
 
 
@@ -110,18 +117,59 @@ def check_a_split_host() -> None:
         assert not in_parts(model)
 
 
+def check_split_banks(
+    learner: Learner, host: str, made: list[Experience], logits: torch.Tensor, processes: int
+) -> torch.Tensor:
+    """Each process holds its part, a saved folder has all, one write can be taken back; returns what is then said."""
+    banks = [memory.bank for memory in learner.methods[0].modules.values()]
+    for bank in banks:
+        held, rows = len(bank.frozen_keys), bank.frozen_size
+        assert rows > 2 and len(bank.frozen_values) == held and abs(held - rows / processes) < 1, (held, rows)
+    assert any(bank.frozen_size % 2 for bank in banks)
+    if processes > 1:
+        refused("split over processes", learner.export, "unused", "stacked")
+        check_nothing_kept(banks[0])
+    folders: list[Any] = [tempfile.mkdtemp()]
+    if processes > 1:
+        torch.distributed.broadcast_object_list(folders)  # one folder for both, as a user would give
+    learner.save_pretrained(folders[0])
+    again = Learner.from_pretrained(folders[0], *cases.build_host(host, torch.float64))
+    assert again.methods[0].modules.keys() == learner.methods[0].modules.keys()
+    for memory, bank in zip(again.methods[0].modules.values(), banks, strict=True):
+        assert torch.equal(memory.bank.frozen_keys, bank.frozen_keys), "a part that is not this process's"
+    assert torch.equal(cases.outputs(again, made), logits)
+    again.forget(0)
+    return torch.cat([logits, cases.outputs(again, made)])
+
+
+def check_nothing_kept(bank: AtomBank) -> None:
+    """Between the passes neither autograd nor the layer holds all rows; the gradient is that of a bank of one."""
+    x = torch.linspace(-1, 1, 6 * bank.in_features, dtype=torch.float64).reshape(6, -1).requires_grad_()
+    settings: dict[str, Any] = {"k": 2, "tau": 0.5}
+    with bank.reading():
+        held = [StorageWeakRef(t.untyped_storage()) for t in (bank.frozen_keys, bank.frozen_values)]
+        said = read_atoms(x, *bank.view()[:4], **settings)[0]
+    gc.collect()
+    assert all(reference.expired() for reference in held), "all rows live on"
+    (found,) = torch.autograd.grad(said.square().sum(), x)
+    whole = read_atoms(x, *bank.view()[:4], **settings)[0]
+    assert torch.equal(said, whole) and found.abs().sum() > 0
+    assert torch.equal(found, torch.autograd.grad(whole.square().sum(), x)[0])
+
+
 def learn(name: str, processes: int) -> dict[str, Any]:
     host, spec = CASES[name]
-    made = cases.experiences(host, 2, rows=ROWS)
+    made = cases.experiences(host, 3 if any(f" {word}/" in name for word in BANKS.values()) else 2, rows=ROWS)
     if name.startswith("captions"):  # the test rows keep their classes, to be scored
         captions = [{"image": row["image"], "text": f"{n} {row['label']}"} for n, row in enumerate(made[0].train)]
         made[0] = made[0].with_rows(train=captions, test=())
     head = HEADS.get(name.partition("/")[0].rpartition("+")[2])
-    sharded = " sharded" in name
+    sharded = " sharded" in name or " both" in name
+    shard = next((word for word in ("banks", "both") if f" {word}/" in name), "host" if sharded else "none")
     optimizer = {"optimizer": "adamw"} if "adamw" in name else {"optimizer": "sgd", "learning_rate": 0.02}
     learner = cases.build_learner(
         host, cases.without_dropout(spec), dtype=torch.float64, head=head, pooler="pooler" in name, epochs=1,
-        **optimizer, shard="host" if sharded else "none", logging_steps=1,
+        **optimizer, shard=shard, logging_steps=1,
         per_device_train_batch_size=GLOBAL_BATCH // processes,
     )  # fmt: skip
     assert learner.accelerator.num_processes == processes, learner.accelerator.num_processes
@@ -136,6 +184,8 @@ def learn(name: str, processes: int) -> dict[str, Any]:
             learner.save_pretrained(folder)
             again = Learner.from_pretrained(folder, *cases.build_host(host, torch.float64))
         assert torch.equal(cases.outputs(again, made), logits) and bool(in_parts(again.model)) == (processes > 1)
+    if shard in ("banks", "both"):
+        logits = check_split_banks(learner, host, made, logits, processes)
     if name == "lora sharded/bert" and processes > 1:
         refused("split over processes", learner.export, "unused", "merged")
     return {"losses": losses, "logits": logits.tolist(), "samples": [learner.counters.samples]}

@@ -34,6 +34,17 @@ def test_what_wants_the_whole_host_is_refused(method: Any, reason: str) -> None:
         check_sharding(methods, TrainingConfig(shard="host"))
 
 
+def test_banks_are_split_only_where_there_are_some() -> None:
+    check_sharding(complete_methods(["moram", {"er": {"budget": 4}}]), TrainingConfig(shard="banks"))
+    check_sharding(complete_methods("finetune"), TrainingConfig())
+    for shard in ("banks", "both"):
+        with pytest.raises(BadInput, match=f"training.shard: is {shard}, but lora keeps no bank"):
+            check_sharding(complete_methods("lora"), TrainingConfig(shard=shard))
+    check_sharding(complete_methods(["moram", "lwf"]), TrainingConfig(shard="banks"))  # the host stays whole
+    with pytest.raises(BadInput, match="training.shard: is both, but lwf keeps a copy"):
+        check_sharding(complete_methods(["moram", "lwf"]), TrainingConfig(shard="both"))
+
+
 def test_the_model_is_untouched_by_a_refusal() -> None:
     model, processor = cases.build_host("bert")
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

@@ -87,6 +87,12 @@ class LinearMemory(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] -> [..., d_out], in x's dtype (autocast's inside autocast)."""
+        if not self.bank.in_parts:
+            return self._answer(x)
+        with self.bank.reading():
+            return self._answer(x)
+
+    def _answer(self, x: Tensor) -> Tensor:
         if self.training:
             return self.read(self.bank.view(), F.dropout(x, self.dropout), delta=None, reserve=self.reserve)
         view = self._view()
@@ -114,7 +120,7 @@ class LinearMemory(nn.Module):
 
     def _view(self) -> AtomView:
         """The trained atoms. Without gradients they are looked for once per state of the bank: it waits for a GPU."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.bank.in_parts:
             return self.bank.without_empty()
         tensors = self.bank.view()[:4]
         if any(t.is_inference() for t in tensors):
@@ -126,13 +132,14 @@ class LinearMemory(nn.Module):
 
     def _search(self, view: AtomView) -> dict[str, Any]:
         """How to find atoms among the frozen keys; their index is made once per state of these keys."""
-        keys = view.frozen_keys
+        keys, stays = view.frozen_keys, self.bank.stays(view.frozen_keys)
         search, wanted = choose_search(
             keys.shape[0], self.bank.in_features, self.k, self.search, keys.device.type
         )
-        if not wanted or self.path == "reference" or keys.requires_grad or keys.is_inference():
+        wanted = wanted and self.path != "reference" and not keys.requires_grad
+        if not wanted or stays is None or stays.is_inference():
             return {} if search == "coarse" else {"search": search}
-        state = ((keys, keys._version, keys.data_ptr()),)
+        state = ((stays, stays._version, stays.data_ptr()),)
         if self._indexed is None or not _same(self._indexed[0], state):
             self._indexed = state, index_keys(keys, self.bank.compute_dtype(), coarse=search == "coarse")
         return {"index": self._indexed[1], "search": search}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .merging import MergeReport, merge_duplicates
+from .parts import Share, refetched
 from .routing import routing_dtype
 
 SHARED = -1
@@ -29,11 +32,31 @@ class AtomView(NamedTuple):
     index: Tensor | None  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+def _on_whole(changes: bool) -> Callable[[_Call], _Call]:
+    """For functions that need every frozen item also where this process keeps a part of them."""
+
+    def wrap(function: _Call) -> _Call:
+        @functools.wraps(function)
+        def inner(self: AtomBank, *given: Any, **named: Any) -> Any:
+            with self.whole(changes):
+                return function(self, *given, **named)
+
+        return inner  # type: ignore[return-value]
+
+    return wrap
+
+
 class AtomBank(nn.Module):
     """Keys and values of rank-1 atoms (MoRAM), growing with the stream.
 
+    After `split` a process keeps a part of the frozen items alone. All functions work as before, but those that need
+    every item (all that change the bank, `view`, `keys`, `values`, `state_dict`) then wait for all other processes.
+
     Attributes:
-        frozen_keys [n, d_in], frozen_values [n, d_out]: buffers.
+        frozen_keys [n, d_in], frozen_values [n, d_out]: buffers; this process's part of them after `split`.
         new_keys [r, d_in], new_values [r, d_out]: parameters, replaced by other objects whenever their number of rows
             changes: build the optimizer anew after `grow`, `freeze`, `drop`, `keep`, `prune` or a load of other sizes.
         owners: int64 [n + r], write id of each item, old ones first; `SHARED` for none.
@@ -65,6 +88,9 @@ class AtomBank(nn.Module):
         self.new_values = nn.Parameter(values.clone())
         self.register_buffer("owners", torch.empty(0, dtype=torch.int64, device=device))
         self.register_buffer("usage", torch.empty(0, dtype=torch.float64, device=device))
+        self._share: Share | None = None
+        self._rows: int | None = None  # of all frozen items, while the buffers hold a part
+        self._parts: tuple[Tensor, Tensor] | None = None  # the part, while the buffers hold all
 
     def extra_repr(self) -> str:
         sizes = f"frozen={self.frozen_size}, new={self.new_size}"
@@ -72,7 +98,7 @@ class AtomBank(nn.Module):
 
     @property
     def frozen_size(self) -> int:
-        return self.frozen_keys.shape[0]
+        return self.frozen_keys.shape[0] if self._rows is None else self._rows
 
     @property
     def new_size(self) -> int:
@@ -82,15 +108,79 @@ class AtomBank(nn.Module):
     def size(self) -> int:
         return self.frozen_size + self.new_size
 
+    @_on_whole(changes=False)
     def keys(self) -> Tensor:
         """[N, d_in], frozen items first; differentiable in the new ones."""
         return torch.cat([self.frozen_keys, self.new_keys])
 
+    @_on_whole(changes=False)
     def values(self) -> Tensor:
         """[N, d_out], as `keys`; the scale of the layer is not applied to the new ones."""
         return torch.cat([self.frozen_values, self.new_values])
 
+    # ---- parts
+    def split(self, rank: int, processes: int) -> None:
+        """From now on this process keeps its share of the frozen items alone; all must have the same bank and call it.
+
+        Raises:
+            ValueError: it is split already.
+        """
+        if self._share is not None:
+            raise ValueError("the bank is split already")
+        self._share = Share(rank, processes)
+        self._cut()
+
+    @property
+    def in_parts(self) -> bool:
+        return self._share is not None
+
+    def _cut(self) -> None:
+        assert self._share is not None
+        self._rows, self._parts = self.frozen_keys.shape[0], None
+        self.frozen_keys = self._share.part(self.frozen_keys)
+        self.frozen_values = self._share.part(self.frozen_values)
+
+    @contextmanager
+    def whole(self, changes: bool = True) -> Iterator[None]:
+        """Inside, the buffers hold all frozen items in every process; what is changed there is kept if `changes`."""
+        if self._share is None or self._rows is None:
+            yield
+            return
+        rows, parts = self._rows, (self.frozen_keys, self.frozen_values)
+        self.frozen_keys, self.frozen_values = (self._share.whole(part, rows) for part in parts)
+        self._rows, self._parts = None, parts
+        try:
+            yield
+        finally:
+            if changes:
+                self._cut()
+            else:
+                self._rows, self._parts = rows, None
+                self.frozen_keys, self.frozen_values = parts
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """As `whole`, for what the backward pass needs too: it fetches the items again rather than keeping them."""
+        if self._share is None or self._rows is None:
+            yield
+            return
+        with self.whole(changes=False):
+            assert self._parts is not None
+            again = {
+                whole: functools.partial(self._share.whole, part, len(whole))
+                for whole, part in zip((self.frozen_keys, self.frozen_values), self._parts, strict=True)
+            }
+            with refetched(again):
+                yield
+
+    def stays(self, keys: Tensor) -> Tensor | None:
+        """What lives as long as the frozen keys `keys` of a view: they themselves, or the part they came from."""
+        if self._share is None:
+            return keys
+        return self._parts[0] if self._parts is not None and keys is self.frozen_keys else None
+
     # ---- growth
+    @_on_whole(changes=True)
     @torch.no_grad()
     def grow(self, r: int, owner: int, generator: torch.Generator | None = None, scale: float = 1.0) -> None:
         """Freezes what is new (see `freeze`) and adds r atoms: keys U(-1/sqrt(d_in), 1/sqrt(d_in)), values zero.
@@ -115,6 +205,7 @@ class AtomBank(nn.Module):
         self.owners = torch.cat([self.owners, self.owners.new_full((r,), owner)])
         self.usage = torch.cat([self.usage, self.usage.new_zeros(r)])
 
+    @_on_whole(changes=True)
     @torch.no_grad()
     def freeze(self, scale: float = 1.0) -> Tensor | None:
         """Makes the new atoms old: their values times `scale` join the buffers and no parameter row is left.
@@ -147,6 +238,7 @@ class AtomBank(nn.Module):
         self.new_values = nn.Parameter(values, requires_grad=wanted)
 
     # ---- removal
+    @_on_whole(changes=True)
     @torch.no_grad()
     def keep(self, mask: Tensor) -> int:
         """Keeps the items where mask [N] is True, in their order; returns how many were removed.
@@ -174,6 +266,7 @@ class AtomBank(nn.Module):
         """
         return self.keep(self.owners != owner)
 
+    @_on_whole(changes=True)
     def prune(self, *, usage_below: float | None = None, strength_below: float | None = None) -> int:
         """Removes old items used less than `usage_below` or with ||key|| ||value|| below `strength_below`.
 
@@ -186,6 +279,7 @@ class AtomBank(nn.Module):
             bad |= self.frozen_keys.norm(dim=-1) * self.frozen_values.norm(dim=-1) < strength_below
         return self.keep(torch.cat([~bad, torch.ones(self.new_size, dtype=torch.bool, device=bad.device)]))
 
+    @_on_whole(changes=True)
     @torch.no_grad()
     def merge(
         self,
@@ -225,10 +319,12 @@ class AtomBank(nn.Module):
         return MergeReport(n - len(groups), residual, measured)
 
     # ---- use
+    @_on_whole(changes=False)
     def view(self) -> AtomView:
         """All items, without a copy."""
         return AtomView(self.frozen_keys, self.frozen_values, self.new_keys, self.new_values, None)
 
+    @_on_whole(changes=False)
     def without_empty(self) -> AtomView:
         """The items to infer with: atoms whose value is all zero were never trained and would only dilute the norm.
 
@@ -263,6 +359,14 @@ class AtomBank(nn.Module):
         self.usage = self.usage + counts if index is None else self.usage.index_add(0, index, counts)
 
     # ---- state
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        with self.whole(changes=False):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.in_parts:  # a device that holds parts only might not hold all banks at once
+            for name in ("frozen_keys", "frozen_values"):
+                destination[prefix + name] = destination[prefix + name].cpu()
+
+    @_on_whole(changes=True)
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],

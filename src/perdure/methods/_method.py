@@ -46,6 +46,7 @@ class Method:
         renews: True if what trains is new in every experience and the old stands still or is merged, so that nothing
             lives on which a penalty could hold where it was.
         uses_host_weights: True if it trains, overwrites or takes gradients of weights of the host itself.
+        splits_banks: True if `split_banks` can keep the frozen items of its banks in parts.
         adapts_alone: True if no other method of a list may adapt the host, because this one reads the host as it was.
         keeps_output: True if attaching leaves the host's outputs unchanged until something is learnt.
         removal: what taking one experience back means.
@@ -67,6 +68,7 @@ class Method:
     frozen_features: ClassVar[bool] = False
     renews: ClassVar[bool] = False
     uses_host_weights: ClassVar[bool] = False
+    splits_banks: ClassVar[bool] = False
     adapts_alone: ClassVar[bool] = False
     keeps_output: ClassVar[bool] = True
     removal: ClassVar[Literal["exact", "structural", "rollback"]] = "rollback"
@@ -98,6 +100,9 @@ class Method:
         `optimizer` ("adamw", "sgd"; the training's when absent) and that optimizer's options (`betas`, `momentum`).
         """
         return []
+
+    def split_banks(self, rank: int, processes: int) -> None:
+        """From now on this process keeps its share of them alone (`training.shard`)."""
 
     def touched(self) -> list[tuple[str, nn.Parameter]]:
         """Host parameters that this method overwrites, whether or not they train right now."""

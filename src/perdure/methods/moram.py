@@ -103,6 +103,7 @@ class MoRAM(Method):
     adapts = True
     renews = True
     removal = "structural"
+    splits_banks = True
     status = "unverified"
 
     def __init__(self, config: Any):
@@ -146,6 +147,10 @@ class MoRAM(Method):
         for handle in reversed(self._handles):
             handle.remove()
         self.modules = {}
+
+    def split_banks(self, rank: int, processes: int) -> None:
+        for memory in self.memories.values():
+            memory.bank.split(rank, processes)
 
     @property
     def memories(self) -> dict[str, LinearMemory]:
