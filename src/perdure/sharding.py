@@ -40,8 +40,8 @@ def check_sharding(methods: Sequence[Method], training: TrainingConfig) -> None:
             why = "keeps a copy of the model as it was"
         if why:
             raise BadInput(
-                f"training.shard: is {training.shard}, but {method.name} {why}, which the processes then hold in parts; "
-                "set it to none or choose a method that leaves the host as it is (such as moram or lora)"
+                f"training.shard: is {training.shard}, but {method.name} {why}, which the processes then hold in "
+                "parts; set it to none or choose a method that leaves the host as it is (such as moram or lora)"
             )
 
 
