@@ -31,7 +31,7 @@ lint: install
 speed: install
 	$(BIN)/python -m benchmarks
 
-# The Triton kernel in Triton's interpreter; the package is large (300 MB) and no extra brings it.
+# The Triton kernels in Triton's interpreter; the package is large (300 MB) and no extra brings it.
 kernels: install
 	$(BIN)/python -m pip install --quiet triton
 	$(BIN)/python -m pytest -q tests/property/test_fused.py

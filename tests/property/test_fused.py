@@ -1,4 +1,4 @@
-"""The Triton kernel of the atoms' search in Triton's interpreter: values, ties, gradients, and where it is not taken.
+"""The Triton kernels of atoms and patches in Triton's interpreter: values, ties, gradients, where they are not taken.
 
 Needs the package triton, which no extra of ours brings (it is large): `pip install triton`, then these tests run.
 """
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from perdure.errors import BadInput
 from perdure.layers import LinearMemory
-from perdure.memory import read_atoms
+from perdure.memory import read_atoms, read_patches
 from perdure.memory.kernels import search
 from perdure.memory.routing import select
 
@@ -95,9 +95,64 @@ def test_a_layer_takes_it(kernel, monkeypatch):
 
 
 def test_without_triton_it_is_refused_before_work_starts(monkeypatch):
-    from perdure.methods import moram
+    from perdure.methods import _refusals
     from tests.conformance import cases
 
-    monkeypatch.setattr(moram, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"method\.moram\.search: fused needs triton"):
+    monkeypatch.setattr(_refusals, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"method\.moram\.search: fused needs triton.*set exact"):
         cases.build_learner("bert", {"moram": {"search": "fused"}})
+    with pytest.raises(BadInput, match=r"method\.apn\.path: fused needs triton.*set auto"):
+        cases.build_learner("bert", {"apn": {"path": "fused"}})
+
+
+# ---- patches
+@given(
+    counts=st.lists(st.integers(0, 70), min_size=1, max_size=9), inner=st.integers(1, 40), outer=st.integers(1, 80),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_product_for_each_group_of_rows(kernel, counts, inner, outer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    whole = [torch.randint(-3, 4, shape, generator=generator).float() for shape in
+             ((sum(counts), inner), (len(counts), outer, inner), (sum(counts), outer))]  # fmt: skip
+    left, weights, upstream = whole[0].requires_grad_(), whole[1].requires_grad_(), whole[2]
+    ends = torch.tensor(counts).cumsum(0)
+    # Whole numbers: exact in any order of summation.
+    found = search.grouped().GroupedProduct.apply(left, weights.transpose(1, 2), ends)
+    parts = zip(left.split(counts), weights, strict=True)
+    expected = torch.cat([part @ each.t() for part, each in parts])
+    assert torch.equal(found, expected)
+    for a, b in zip(
+        torch.autograd.grad(found, (left, weights), upstream), torch.autograd.grad(expected, (left, weights), upstream),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 45])
+def test_patches_and_their_gradients(kernel, tokens, monkeypatch):
+    product, calls = search.grouped().GroupedProduct, []
+    monkeypatch.setattr(product, "apply", lambda *given, plain=product.apply: calls.append(1) or plain(*given))
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(tokens, 24), (12, 24), (5, 24), (12, 5), (12, 5), (12, 18, 5)]
+    given = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    upstream = torch.randn(tokens, 18, generator=generator)
+    found = {}
+    for way in ("grouped", "fused"):
+        y, routing = read_patches(*given, k=3, tau=0.2, gamma=0.7, path=way)
+        grads = torch.autograd.grad(y, given, upstream, allow_unused=True)
+        found[way] = [y, routing.weights, *(g for g in grads if g is not None)]
+    assert len(calls) == (tokens > 0) and len(found["fused"]) == len(found["grouped"])
+    for a, b in zip(found["fused"], found["grouped"], strict=True):
+        assert a.shape == b.shape and (not a.numel() or (a - b).abs().max() < 1e-4)
+    if tokens == 1:  # nine of twelve patches were selected by no token
+        quiet = (found["fused"][-1].flatten(1) == 0).all(1)
+        assert int(quiet.sum()) == 9
+
+
+def test_patches_in_float64_or_on_a_processor_are_grouped(kernel, monkeypatch):
+    monkeypatch.setattr(search.grouped().GroupedProduct, "apply", lambda *_: pytest.fail("the kernel was called"))
+    given = [torch.randn(shape) for shape in ((3, 6), (4, 6), (2, 6), (4, 2), (4, 2), (4, 5, 2))]
+    read_patches(*[each.double() for each in given], k=2, tau=0.1, path="fused")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    read_patches(*given, k=2, tau=0.1, path="fused")

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 Path = Literal["auto", "reference", "dense", "gather"]
 Search = Literal["exact", "coarse", "fused"]
-PatchPath = Literal["auto", "reference", "dense", "grouped"]
+PatchPath = Literal["auto", "reference", "dense", "grouped", "fused"]
 
 CANDIDATES = 2  # times k
 """Of a coarse search. Recall of the true top 8 with 16 candidates: 1.000 on random keys, see benchmarks.atoms."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from . import reference
 from .dispatch import PatchPath, Path, Search, choose_patch_path, choose_path
 from .kernels.atoms import Choice, Respond, dense_values, gather_values, joined
-from .kernels.search import KeyIndex, fused_on
+from .kernels.search import KeyIndex, fused_on, grouped
 from .kernels.sparse import Entries, SparseDelta
 from .routing import Routing, cosine, effective_k, open_items, routing_dtype, select, weight
 
@@ -224,7 +225,8 @@ def read_patches(
         prototypes: p [K, C]. code: V^T [r, C]. gate_scale, gate_bias: a, b [K, r]. decoders: U [K, D, r].
         k: patches per token, at most K are taken. tau: temperature. gamma: factor on the output.
         path: "reference", "dense" (one product over all patches), "grouped" (tokens sorted by patch, one product for
-            each patch in use; waits for an accelerator once), or "auto" to let the size decide.
+            each patch in use; waits for an accelerator once), "fused" (the same in Triton kernels, without waiting:
+            float32 on a GPU, or in Triton's interpreter, else it is "grouped"), or "auto" to let the size decide.
     Returns:
         y [..., D] in x's dtype (autocast's inside autocast), and the Routing [..., k], its scores the cosines.
     Raises:
@@ -238,6 +240,8 @@ def read_patches(
     leading, size = x.shape[:-1], prototypes.shape[0]
     if path == "auto":
         path = choose_patch_path(size, effective_k(k, size), device)
+    if path == "fused" and (dtype != torch.float32 or not fused_on(x.device)):
+        path = "grouped"
     with torch.autocast(device_type=device, enabled=False):
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         p, v, a, b, u = (t.to(dtype) for t in (prototypes, code, gate_scale, gate_bias, decoders))
@@ -248,7 +252,7 @@ def read_patches(
             top = select(s, k)
             s_top = s.gather(-1, top)
             w = weight(s_top, tau)
-            apply = _grouped_patches if path == "grouped" else _dense_patches
+            apply = _dense_patches if path == "dense" else partial(_grouped_patches, in_kernels=path == "fused")
             y = apply(flat @ v.transpose(0, 1), w * gamma, top, a, b, u)
             routing = Routing(top, w, s_top, size)
     return y.to(out_dtype).reshape(*leading, decoders.shape[1]), routing.reshape(*leading)
@@ -262,7 +266,9 @@ def _dense_patches(u: Tensor, w: Tensor, top: Tensor, a: Tensor, b: Tensor, deco
     return phi.flatten(1) @ decoders.transpose(1, 2).reshape(size * rank, width)
 
 
-def _grouped_patches(u: Tensor, w: Tensor, top: Tensor, a: Tensor, b: Tensor, decoders: Tensor) -> Tensor:
+def _grouped_patches(
+    u: Tensor, w: Tensor, top: Tensor, a: Tensor, b: Tensor, decoders: Tensor, in_kernels: bool
+) -> Tensor:
     (tokens, k), (size, width, _) = top.shape, decoders.shape
     if not tokens:
         return u[:, :1].expand(0, width)
@@ -270,13 +276,19 @@ def _grouped_patches(u: Tensor, w: Tensor, top: Tensor, a: Tensor, b: Tensor, de
     phi = each * torch.sigmoid(a[top] * each + b[top]) * w.unsqueeze(-1)  # [n, k, r]
     slots = top.reshape(-1)
     order = torch.argsort(slots, stable=True)
-    counts = torch.bincount(slots, minlength=size).tolist()
-    parts = phi.flatten(0, 1).index_select(0, order).split(counts)
-    # unbind, not indexing: its backward writes each patch's gradient once, where an index would write all K each time.
-    written = [part @ each.t() for part, each in zip(parts, decoders.unbind(0), strict=True) if part.shape[0]]
+    sorted_phi = phi.flatten(0, 1).index_select(0, order)
+    if in_kernels:
+        # Counted by search, which needs no atomics: the same result in every run.
+        ends = torch.searchsorted(slots[order], torch.arange(size, device=slots.device), right=True)
+        written = grouped().GroupedProduct.apply(sorted_phi, decoders.transpose(1, 2), ends)
+    else:
+        parts = sorted_phi.split(torch.bincount(slots, minlength=size).tolist())
+        # unbind, not indexing: its backward writes each patch's gradient once; an index would write all K each time.
+        each_of = zip(parts, decoders.unbind(0), strict=True)
+        written = torch.cat([part @ each.t() for part, each in each_of if part.shape[0]])
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
-    return torch.cat(written).index_select(0, back).reshape(tokens, k, width).sum(1)
+    return written.index_select(0, back).reshape(tokens, k, width).sum(1)
 
 
 def _check_patches(
@@ -291,5 +303,5 @@ def _check_patches(
         raise ValueError(f"patches: found sizes {sorted(sizes)} and ranks {sorted(ranks)}; one of each is needed")
     if k < 1 or not tau > 0:
         raise ValueError(f"found k={k}, tau={tau}; k >= 1 and tau > 0 are needed")
-    if path not in ("auto", "reference", "dense", "grouped"):
-        raise ValueError(f"path: found {path!r}; known: auto, reference, dense, grouped")
+    if path not in get_args(PatchPath):
+        raise ValueError(f"path: found {path!r}; known: {', '.join(get_args(PatchPath))}")

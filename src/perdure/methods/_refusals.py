@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput
@@ -19,6 +20,12 @@ def predicts_tokens(method: Method, host: Host) -> bool:
         return loop.predicts_tokens
     find = getattr(host.model, "get_output_embeddings", None)
     return find is not None and find() is not None
+
+
+def refuse_without_triton(setting: str, instead: str) -> None:
+    """Raises BadInput for the value `fused` of a setting where triton is not installed."""
+    if find_spec("triton") is None:
+        raise BadInput(f"{setting}: fused needs triton, which is not installed; install it or set {instead}")
 
 
 def refuse_joint(owner: Method) -> None:

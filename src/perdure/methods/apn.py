@@ -45,6 +45,7 @@ from ..config import MethodConfig, PretrainConfig
 from ..errors import BadInput
 from ._host_parameters import HostParameters, pretraining_groups
 from ._method import Method, register
+from ._refusals import refuse_without_triton
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,7 +88,7 @@ class APN(Method):
         row_wise: bool = True
         """A patch that no token visited in a step does not move. False: AdamW as released."""
         layers: list[int] | None = None
-        path: Literal["auto", "reference", "dense", "grouped"] = "auto"
+        path: Literal["auto", "reference", "dense", "grouped", "fused"] = "auto"
         """How patches are computed; auto: by a measured table (ours; `perdure doctor --speed`)."""
 
         @model_validator(mode="after")
@@ -110,6 +111,8 @@ class APN(Method):
         from ..layers import PatchLayer
 
         config = self.config
+        if config.path == "fused":
+            refuse_without_triton("method.apn.path", "auto")
         self._places = places = host.feed_forwards(config.layers)
         for place in places:
             self.modules[place.name] = PatchLayer(

@@ -36,7 +36,6 @@ v the directions in which this experience's inputs have the most energy for that
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -46,6 +45,7 @@ from ..errors import BadInput
 from ._contrast import InputContrast
 from ._method import Method, register
 from ._protection import InputProtection
+from ._refusals import refuse_without_triton
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -127,8 +127,8 @@ class MoRAM(Method):
         from ..layers import LinearMemory
 
         config = self.config
-        if config.search == "fused" and find_spec("triton") is None:
-            raise BadInput("method.moram.search: fused needs triton, which is not installed; install it or set exact")
+        if config.search == "fused":
+            refuse_without_triton("method.moram.search", "exact")
         self._sites = host.sites(config.targets, layers=config.layers)
         self._handles: list[Handle] = []
         for site in self._sites:

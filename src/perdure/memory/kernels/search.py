@@ -117,8 +117,16 @@ def fused() -> Any:
     return fused
 
 
+@functools.cache
+def grouped() -> Any:
+    """The module of the Triton kernels for groups of rows; only where `fused_on`."""
+    from . import grouped
+
+    return grouped
+
+
 def fused_on(device: torch.device) -> bool:
-    """True where the Triton kernel can run."""
+    """True where Triton kernels can run."""
     return fused() is not None and fused().runs_on(device)
 
 
