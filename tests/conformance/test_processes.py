@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,16 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+def _run(*command: str, limit: int = 600) -> None:
+    with tempfile.TemporaryFile("w+") as output:
+        running = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=output)
+        try:
+            code = running.wait(timeout=limit)
+        finally:
+            running.terminate()  # torchrun ends its workers then; killed, it would leave them
+            running.wait(timeout=60)
+        output.seek(0)
+        assert code == 0, output.read()[-4000:]
 
 
 @pytest.mark.parametrize("host", cases.HOSTS)
