@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from .memory.parts import as_held
 from .state import generator_state, rng_state, set_generator_state, set_rng_state
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class Bookmark:
         self._values = [copy.deepcopy(method.values) for method in loop.methods]
         self._methods = []
         for method in loop.methods if told else ():
-            tensors, values = method.state_dict()
+            with as_held():
+                tensors, values = method.state_dict()
             copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
             self._methods.append((method, copies, copy.deepcopy(values)))
         self._generator, self._rng = generator_state(loop.generator), rng_state()
@@ -72,8 +74,9 @@ class Bookmark:
         loop.services.router_log.load_state_dict(*self._router)
         for method, values in zip(loop.methods, self._values, strict=True):
             method.values = values
-        for method, tensors, values in self._methods:
-            method.load_state_dict(tensors, values)
+        with as_held():
+            for method, tensors, values in self._methods:
+                method.load_state_dict(tensors, values)
         loop.system.to(loop.device)
         if loop.optimization is not None:
             loop.wrapped = loop._wrap()

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from .memory.observe import RouterLog
 from .models import ASKED
 from .objectives import right
 from .passes import features_of
-from .sharding import first_alone, splits_banks
+from .sharding import by_the_first, splits_banks
 from .streams.experience import Experience
 from .watch import check_scored_rows_gone, check_votes
 
@@ -395,8 +396,8 @@ class Learner(Loop):
                 "save_pretrained: the %d rows kept for rehearsal are not in %s; replay=True takes them along",
                 len(self.replay), folder,
             )  # fmt: skip
-        with first_alone(self.accelerator, splits_banks(self.training)) as writes:
-            return write_portable(Path(folder), tensors, values) if writes else Path(folder)
+        write = partial(write_portable, Path(folder), tensors, values)
+        return by_the_first(self.accelerator, write, str(folder)) if splits_banks(self.training) else write()
 
     def export(self, folder: str | Path, to: str = "merged") -> dict[str, Any]:
         """Writes what was learnt for other programs: "merged", "peft" or "stacked"; see `export.export`."""

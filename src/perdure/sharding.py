@@ -7,13 +7,13 @@ computes. A bank's frozen items by rows (`memory.parts`), the same way.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from .errors import BadInput
+from .errors import BadInput, CannotWrite
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,24 +24,21 @@ if TYPE_CHECKING:
 
 
 def check_sharding(methods: Sequence[Method], training: TrainingConfig) -> None:
-    """Raises BadInput where a method wants more of the host's weights than to compute with them, or has no bank."""
+    """Raises BadInput where a method wants more of what is split than to compute with it, or has no bank to split."""
+    is_set = f"training.shard: is {training.shard}, but"
     if splits_banks(training) and not any(method.splits_banks for method in methods):
-        raise BadInput(
-            f"training.shard: is {training.shard}, but {', '.join(method.name for method in methods)} keeps no bank of "
-            "frozen items that grows; set it to none, or choose moram"
-        )
-    if not splits_host(training):
-        return
-    for method in methods:
-        why = "trains, overwrites or takes gradients of the host's own weights" if method.uses_host_weights else ""
-        if getattr(method.config, "pretrain", None) is not None:
+        names = ", ".join(method.name for method in methods)
+        raise BadInput(f"{is_set} {names} keeps no bank of frozen items that grows; set it to none, or choose moram")
+    for method in methods if training.shard != "none" else ():
+        why = "keeps a copy of the model as it was" if "old_model" in method.needs else ""
+        if splits_host(training) and method.uses_host_weights:
+            why = "trains, overwrites or takes gradients of the host's own weights"
+        if splits_host(training) and getattr(method.config, "pretrain", None) is not None:
             why = "with pretrain trains the whole host in the first experience"
-        if "old_model" in method.needs:
-            why = "keeps a copy of the model as it was"
         if why:
             raise BadInput(
-                f"training.shard: is {training.shard}, but {method.name} {why}, which the processes then hold in "
-                "parts; set it to none or choose a method that leaves the host as it is (such as moram or lora)"
+                f"{is_set} {method.name} {why}, which the processes then hold in parts; set it to none or choose a "
+                "method that leaves the host as it is (such as moram or lora)"
             )
 
 
@@ -107,14 +104,23 @@ def _refuse_shared(blocks: Sequence[Block]) -> None:
                 raise BadInput(f"training.shard: is host, but blocks {other} and {block.name} share modules; set none")
 
 
-@contextmanager
-def first_alone(accelerator: Accelerator, needed: bool) -> Iterator[bool]:
-    """Inside it is True for the process that shall write what all have; the others wait for it behind, if `needed`."""
+def by_the_first(accelerator: Accelerator, write: Callable[[], Path], where: str) -> Path:
+    """What `write` returns, called in the first process; the others wait for it and learn whether it failed.
+
+    Raises:
+        CannotWrite: in the others, where it failed with an error of ours; the first one raises that error.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Path | None] = [None]
     try:
-        yield not needed or accelerator.is_main_process
+        if accelerator.is_main_process:
+            found[0] = write()
     finally:
-        if needed:
-            accelerator.wait_for_everyone()
+        broadcast_object_list(found)
+    if found[0] is None:
+        raise CannotWrite(f"{where}: the first process could not write it; its own error says why")
+    return found[0]
 
 
 def in_parts(module: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import BadInput
 from ..memory import AtomBank, AtomView, KeyIndex, choose_search, index_keys, is_observed, read_atoms, report
@@ -89,7 +90,13 @@ class LinearMemory(nn.Module):
         """[..., d_in] -> [..., d_out], in x's dtype (autocast's inside autocast)."""
         if not self.bank.in_parts:
             return self._answer(x)
-        with self.bank.reading():
+        if not torch.is_grad_enabled():
+            return self._answer_whole(x)
+        # Computed again in the backward pass, so that autograd holds no atom until then.
+        return checkpoint(self._answer_whole, x, use_reentrant=False)
+
+    def _answer_whole(self, x: Tensor) -> Tensor:
+        with self.bank.whole(changes=False):
             return self._answer(x)
 
     def _answer(self, x: Tensor) -> Tensor:
@@ -141,8 +148,14 @@ class LinearMemory(nn.Module):
             return {} if search == "coarse" else {"search": search}
         state = ((stays, stays._version, stays.data_ptr()),)
         if self._indexed is None or not _same(self._indexed[0], state):
-            self._indexed = state, index_keys(keys, self.bank.compute_dtype(), coarse=search == "coarse")
+            with torch.inference_mode(False):  # training reads it too
+                self._indexed = state, index_keys(keys, self.bank.compute_dtype(), coarse=search == "coarse")
         return {"index": self._indexed[1], "search": search}
+
+    def split(self, rank: int, processes: int) -> None:
+        """See `AtomBank.split`."""
+        self._kept = self._indexed = None  # they hold whole banks
+        self.bank.split(rank, processes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None, "_indexed": None}

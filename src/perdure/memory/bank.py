@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .merging import MergeReport, merge_duplicates
-from .parts import Share, refetched
+from .parts import Share, is_as_held
 from .routing import routing_dtype
 
 SHARED = -1
@@ -90,7 +90,7 @@ class AtomBank(nn.Module):
         self.register_buffer("usage", torch.empty(0, dtype=torch.float64, device=device))
         self._share: Share | None = None
         self._rows: int | None = None  # of all frozen items, while the buffers hold a part
-        self._parts: tuple[Tensor, Tensor] | None = None  # the part, while the buffers hold all
+        self._read: tuple[Tensor, Tensor] | None = None  # while they hold all, to be read: keys, and the part of them
 
     def extra_repr(self) -> str:
         sizes = f"frozen={self.frozen_size}, new={self.new_size}"
@@ -136,48 +136,40 @@ class AtomBank(nn.Module):
 
     def _cut(self) -> None:
         assert self._share is not None
-        self._rows, self._parts = self.frozen_keys.shape[0], None
+        self._rows = self.frozen_keys.shape[0]
         self.frozen_keys = self._share.part(self.frozen_keys)
         self.frozen_values = self._share.part(self.frozen_values)
 
     @contextmanager
     def whole(self, changes: bool = True) -> Iterator[None]:
-        """Inside, the buffers hold all frozen items in every process; what is changed there is kept if `changes`."""
+        """Inside, the buffers hold all frozen items in every process; what is changed there is kept if `changes`.
+
+        Raises:
+            RuntimeError: a change inside one that is told that there is none.
+        """
         if self._share is None or self._rows is None:
+            if changes and self._read is not None:
+                raise RuntimeError("the bank is being read and must not change meanwhile")
             yield
             return
         rows, parts = self._rows, (self.frozen_keys, self.frozen_values)
         self.frozen_keys, self.frozen_values = (self._share.whole(part, rows) for part in parts)
-        self._rows, self._parts = None, parts
+        self._rows, self._read = None, None if changes else (self.frozen_keys, parts[0])
         try:
             yield
         finally:
+            self._read = None
             if changes:
                 self._cut()
             else:
-                self._rows, self._parts = rows, None
+                self._rows = rows
                 self.frozen_keys, self.frozen_values = parts
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """As `whole`, for what the backward pass needs too: it fetches the items again rather than keeping them."""
-        if self._share is None or self._rows is None:
-            yield
-            return
-        with self.whole(changes=False):
-            assert self._parts is not None
-            again = {
-                whole: functools.partial(self._share.whole, part, len(whole))
-                for whole, part in zip((self.frozen_keys, self.frozen_values), self._parts, strict=True)
-            }
-            with refetched(again):
-                yield
 
     def stays(self, keys: Tensor) -> Tensor | None:
         """What lives as long as the frozen keys `keys` of a view: they themselves, or the part they came from."""
         if self._share is None:
             return keys
-        return self._parts[0] if self._parts is not None and keys is self.frozen_keys else None
+        return self._read[1] if self._read is not None and keys is self._read[0] else None
 
     # ---- growth
     @_on_whole(changes=True)
@@ -360,13 +352,15 @@ class AtomBank(nn.Module):
 
     # ---- state
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if not self.in_parts or is_as_held():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
         with self.whole(changes=False):
             super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.in_parts:  # a device that holds parts only might not hold all banks at once
+            # A device that holds parts only might not hold all banks at once.
             for name in ("frozen_keys", "frozen_values"):
                 destination[prefix + name] = destination[prefix + name].cpu()
 
-    @_on_whole(changes=True)
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -380,9 +374,11 @@ class AtomBank(nn.Module):
         names = ("frozen_keys", "frozen_values", "new_keys", "new_values", "owners", "usage")
         found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         if len(found) == len(names):
-            old, new = len(found["frozen_keys"]), len(found["new_keys"])
+            held = self.in_parts and is_as_held()
+            old, new, size = (len(found[name]) for name in ("frozen_keys", "new_keys", "owners"))
             rows = {name: len(found[name]) for name in names}
-            if rows != dict(zip(names, (old, old, new, new, old + new, old + new), strict=True)):
+            expected = size if held else old + new
+            if rows != dict(zip(names, (old, old, new, new, expected, expected), strict=True)):
                 error_msgs.append(f"atom bank {prefix!r}: items disagree in number, found {rows}; the state is damaged")
                 return
             widths = {name: found[name].shape[1] for name in names[:4]}
@@ -392,24 +388,27 @@ class AtomBank(nn.Module):
                     f"this layer has in_features={self.in_features}, out_features={self.out_features}"
                 )
                 return
-            self._resize(old, new)
+            self._resize(old, new, size)
+            self._rows = size - new if held else None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if self._share is not None and self._rows is None:
+            self._cut()  # without an exchange: every process has loaded all items
 
     @torch.no_grad()
-    def _resize(self, old: int, new: int) -> None:
+    def _resize(self, old: int, new: int, size: int) -> None:
         # Parameters whose shape fits stay the same objects, so that an optimizer built on them keeps its meaning.
-        if old != self.frozen_size:
+        if old != self.frozen_keys.shape[0]:
             self.frozen_keys = self.frozen_keys.new_empty(old, self.in_features)
             self.frozen_values = self.frozen_values.new_empty(old, self.out_features)
         if new != self.new_size:
             self._set_new(
                 self.new_keys.new_empty(new, self.in_features), self.new_values.new_empty(new, self.out_features)
             )
-        if old + new != self.owners.numel():
-            self.owners = self.owners.new_empty(old + new)
-            self.usage = self.usage.new_empty(old + new)
+        if size != self.owners.numel():
+            self.owners = self.owners.new_empty(size)
+            self.usage = self.usage.new_empty(size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AtomBank:
         # Counts stay float64 when the model is cast: bfloat16 stops counting at 256.

@@ -1,14 +1,17 @@
-"""Rows split over processes: each keeps some, all come together where they are read, and again in the backward pass."""
+"""Rows split over processes: each keeps some, and all come together where they are read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_AS_HELD: ContextVar[bool] = ContextVar("as_held", default=False)
 
 
 class Share(NamedTuple):
@@ -30,26 +33,27 @@ class Share(NamedTuple):
         if rows:
             padded = part.new_zeros(height, *part.shape[1:])
             padded[: len(part)] = part
-            dist.all_gather(list(found.chunk(self.processes)), padded)
+            _gather(found, padded)
         return found[:rows]
 
     def _height(self, rows: int) -> int:
         return -(-rows // self.processes)
 
 
-def refetched(fetched: Mapping[Tensor, Callable[[], Tensor]]) -> AbstractContextManager[Any]:
-    """Inside, autograd keeps of these tensors only how to fetch them again; every process must then go backward."""
-    known = {tensor.untyped_storage().data_ptr(): fetch for tensor, fetch in fetched.items() if tensor.numel()}
+def _gather(into: Tensor, own: Tensor) -> None:
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # older torch has the older name
+    gather(into, own)
 
-    def pack(tensor: Tensor) -> Any:
-        fetch = known.get(tensor.untyped_storage().data_ptr())
-        layout = tensor.size(), tensor.stride(), tensor.storage_offset()
-        return tensor if fetch is None else (fetch, layout)
 
-    def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        fetch, layout = packed
-        return fetch().as_strided(*layout)
+@contextmanager
+def as_held() -> Iterator[None]:
+    """Inside, a state holds the rows that this process keeps and is read back so; nothing is exchanged."""
+    token = _AS_HELD.set(True)
+    try:
+        yield
+    finally:
+        _AS_HELD.reset(token)
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+def is_as_held() -> bool:
+    return _AS_HELD.get()

@@ -150,7 +150,7 @@ class MoRAM(Method):
 
     def split_banks(self, rank: int, processes: int) -> None:
         for memory in self.memories.values():
-            memory.bank.split(rank, processes)
+            memory.split(rank, processes)
 
     @property
     def memories(self) -> dict[str, LinearMemory]:

@@ -8,6 +8,8 @@ on a GPU. Importing this module imports triton.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
@@ -21,6 +23,11 @@ TOKENS, KEYS, FEATURES = 32, 64, 32
 def runs_on(device: torch.device) -> bool:
     """True for GPUs, and for CPUs under Triton's interpreter."""
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def launching(tensor: Tensor) -> Any:
+    """Triton launches on the current device, not on that of its arguments."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @triton.jit
@@ -93,10 +100,11 @@ def select(x: Tensor, old_keys: Tensor, new_keys: Tensor, k: int) -> tuple[Tenso
     tokens, width = x.shape
     best, square = x.new_empty(tokens, k), x.new_empty(tokens)
     numbers = torch.empty(tokens, k, dtype=torch.int32, device=x.device)
-    _select[(triton.cdiv(tokens, TOKENS),)](  # pyright: ignore[reportIndexIssue]
-        x, old_keys, new_keys, best, numbers, square, tokens, width, old_keys.shape[0], new_keys.shape[0], k,
-        TOKENS=TOKENS, KEYS=KEYS, FEATURES=FEATURES, PLACES=triton.next_power_of_2(k),
-    )  # fmt: skip
+    with launching(x):
+        _select[(triton.cdiv(tokens, TOKENS),)](  # pyright: ignore[reportIndexIssue]
+            x, old_keys, new_keys, best, numbers, square, tokens, width, old_keys.shape[0], new_keys.shape[0], k,
+            TOKENS=TOKENS, KEYS=KEYS, FEATURES=FEATURES, PLACES=triton.next_power_of_2(k),
+        )  # fmt: skip
     numbers, order = numbers.long().sort(dim=1)  # so that the stable sort puts the lowest number first
     best, place = best.gather(1, order).sort(dim=1, descending=True, stable=True)
     return best, numbers.gather(1, place), square

@@ -15,6 +15,8 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .fused import launching
+
 ROWS, INNER, OUTER = 32, 32, 64
 """Sides of a tile: of the rows, of the features that are summed over, and of those that are written."""
 
@@ -76,10 +78,11 @@ def _multiply(left: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     (rows, inner), outer = left.shape, weights.shape[2]
     out = left.new_empty(rows, outer)
     group, first = _tiles(ends, rows)
-    _rows[(len(group), triton.cdiv(outer, OUTER))](  # pyright: ignore[reportIndexIssue]
-        left.contiguous(), weights, out, group, first, ends.int(), inner, outer, *weights.stride(),
-        ROWS=ROWS, INNER=INNER, OUTER=OUTER,
-    )  # fmt: skip
+    with launching(left):
+        _rows[(len(group), triton.cdiv(outer, OUTER))](  # pyright: ignore[reportIndexIssue]
+            left.contiguous(), weights, out, group, first, ends.int(), inner, outer, *weights.stride(),
+            ROWS=ROWS, INNER=INNER, OUTER=OUTER,
+        )  # fmt: skip
     return out
 
 
@@ -104,7 +107,10 @@ class GroupedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             groups, inner, outer = weights.shape
             of_weights = left.new_empty(groups, inner, outer)
-            _outer[(groups, triton.cdiv(inner, INNER), triton.cdiv(outer, OUTER))](  # pyright: ignore[reportIndexIssue]
-                left.contiguous(), upstream, of_weights, ends.int(), inner, outer, ROWS=ROWS, INNER=INNER, OUTER=OUTER
-            )
+            grid = groups, triton.cdiv(inner, INNER), triton.cdiv(outer, OUTER)
+            with launching(left):
+                _outer[grid](  # pyright: ignore[reportIndexIssue]
+                    left.contiguous(), upstream, of_weights, ends.int(), inner, outer,
+                    ROWS=ROWS, INNER=INNER, OUTER=OUTER,
+                )  # fmt: skip
         return of_left, of_weights, None
