@@ -158,14 +158,14 @@ def extract(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Rows without `run` or validation figures, those of fewer than `LEAST_SEEDS` seeds, and arms that have all data at
     once or task ids at test, are left out. An arm is its name and its head. Recipes with the same model and stream are
-    one stream, called as the first of them.
+    one stream, called as the first of them. Settings are those of the row's own recipe, over several streams those of the
+    one with the most arms.
     """
     from .evaluation.ledger import latest
     from .recipe import load_recipe
 
     groups: dict[tuple[str, str], dict[str, dict[tuple[str, str | None], Mapping[str, Any]]]] = {}
     names: dict[Any, str] = {}
-    found: dict[tuple[str, str, str, str | None], dict[str, Any]] = {}
     for row in latest(rows):
         figure = row["metrics"].get(FIGURE)
         if not figure or figure["mean"] is None or not row.get("run") or len(row["seeds"]) < LEAST_SEEDS:
@@ -176,16 +176,16 @@ def extract(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         key = (_kind(recipe._base), _scenario(recipe._base))
         same = json.dumps([row["model"], recipe._base["stream"]], sort_keys=True)
         stream = names.setdefault((key, same), row["recipe"])
-        groups.setdefault(key, {}).setdefault(stream, {})[row["method"], row["head"]] = row
-        arm = recipe.arms[row["method"]].model_dump(mode="json", exclude_defaults=True)
-        found.setdefault((*key, row["method"], row["head"]), arm)
+        settings = recipe.arms[row["method"]].model_dump(mode="json", exclude_defaults=True)
+        arms = groups.setdefault(key, {}).setdefault(stream, {})
+        arms[row["method"], row["head"]] = {"metrics": row["metrics"], "settings": settings}
     offers = []
     for (kind, scenario), measured in sorted(groups.items()):
         streams, everywhere = _together(measured)
         sign = -1 if OBJECTIVES.get(kind.split()[0]).higher_is_better else 1
         group = []
         for arm, head in everywhere:
-            settings = found[kind, scenario, arm, head]
+            settings = next(iter(streams.values()))[arm, head]["settings"]
             rows_of = {stream: arms[arm, head]["metrics"] for stream, arms in streams.items()}
             group.append(
                 {

@@ -84,6 +84,15 @@ def test_recipes_on_one_stream_are_one_stream(tmp_path):
     ]  # fmt: skip
 
 
+def test_settings_are_those_of_the_stream_that_was_judged(tmp_path):
+    other = {name: {**arm, "training": {"learning_rate": 7e-2}} for name, arm in ARMS.items()}
+    rows = [row(tmp_path, "small", "moram", 0.9, arms=other)]  # of three arms one is too few to join
+    rows += [row(tmp_path, "one", arm, value) for arm, value in {"er": 0.6, "probe": 0.5, "moram": 0.7}.items()]
+    best = auto.extract(rows)[0]
+    assert best["arm"] == "moram" and list(best["validation"]) == ["one"]
+    assert best["settings"]["training"] == ARMS["moram"]["training"]
+
+
 def test_a_stream_joins_where_half_of_the_arms_were_measured_on_it(tmp_path):
     rows = [row(tmp_path, "one", arm, 0.5) for arm in ("er", "probe", "moram")]
     rows.append(row(tmp_path, "small", "er", 0.1))
