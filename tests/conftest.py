@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("perdure", deadline=None)  # no test asserts wall time
+settings.load_profile("perdure")
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 if not os.environ.get("PERDURE_DATA") and (DATA / "MANIFEST.json").is_file():

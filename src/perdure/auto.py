@@ -158,8 +158,8 @@ def extract(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Rows without `run` or validation figures, those of fewer than `LEAST_SEEDS` seeds, and arms that have all data at
     once or task ids at test, are left out. An arm is its name and its head. Recipes with the same model and stream are
-    one stream, called as the first of them. Settings are those of the row's own recipe, over several streams those of the
-    one with the most arms.
+    one stream, called as the first of them. Settings are those of the row's own recipe, over several streams those of
+    the one with the most arms.
     """
     from .evaluation.ledger import latest
     from .recipe import load_recipe
