@@ -108,7 +108,7 @@ def by_the_first(accelerator: Accelerator, write: Callable[[], Path], where: str
     """What `write` returns, called in the first process; the others wait for it and learn whether it failed.
 
     Raises:
-        CannotWrite: in the others, where it failed with an error of ours; the first one raises that error.
+        CannotWrite: in the others, where it failed; the first one raises the error itself.
     """
     from accelerate.utils import broadcast_object_list
 
