@@ -140,9 +140,7 @@ class LinearMemory(nn.Module):
     def _search(self, view: AtomView) -> dict[str, Any]:
         """How to find atoms among the frozen keys; their index is made once per state of these keys."""
         keys, stays = view.frozen_keys, self.bank.stays(view.frozen_keys)
-        search, wanted = choose_search(
-            keys.shape[0], self.bank.in_features, self.k, self.search, keys.device.type
-        )
+        search, wanted = choose_search(keys.shape[0], self.bank.in_features, self.k, self.search, keys.device.type)
         wanted = wanted and self.path != "reference" and not keys.requires_grad
         if not wanted or stays is None or stays.is_inference():
             return {} if search == "coarse" else {"search": search}

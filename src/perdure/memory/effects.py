@@ -165,9 +165,7 @@ def read_atoms(
             )  # fmt: skip
         else:
             at_hand = index if index is not None and index.gram.dtype == dtype else None
-            p, s, indices = Respond.apply(
-                flat, old_k, new_k, at_hand, Choice(k, eps, min_k, reserve, search)
-            )
+            p, s, indices = Respond.apply(flat, old_k, new_k, at_hand, Choice(k, eps, min_k, reserve, search))
             w = open_items(weight(s, tau), s, delta, renormalise)
             apply = gather_values if path == "gather" else dense_values
             dy = apply(w * p, indices, old_v, new_v, scale)
