@@ -371,12 +371,12 @@ class Learner(Loop):
     def save_pretrained(self, folder: str | Path, *, replay: bool = False) -> Path:
         """Writes adapters, heads and settings (no base weights) into `folder`; `from_pretrained` reads them back.
 
+        Where `training.shard` splits banks, every process must call it, and the first one writes.
+
         Args:
             folder: made where it does not exist.
             replay: also write the rows kept for rehearsal, as they are. Without them a method that rehearses begins
                 with an empty buffer.
-
-        Where `training.shard` splits banks, every process must call it, and the first one writes.
 
         Raises:
             CannotWrite: the disk is full or the folder not writable; what was there before stays.

@@ -38,7 +38,7 @@ def check_sharding(methods: Sequence[Method], training: TrainingConfig) -> None:
         if why:
             raise BadInput(
                 f"{is_set} {method.name} {why}, which the processes then hold in parts; set it to none or choose a "
-                "method that leaves the host as it is (such as moram or lora)"
+                "method that leaves all of it as it is (such as moram)"
             )
 
 
@@ -69,7 +69,9 @@ def split_host(host: Host, frozen: Container[str], processes: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise BadInput(f"training.shard: is host, but torch {torch.__version__} cannot leave parameters out; renew it")
+        raise BadInput(
+            f"training.shard: splits the host, but torch {torch.__version__} cannot leave parameters out; renew it"
+        )
     blocks = [block for tower in host.towers for block in host.blocks(tower)]
     _refuse_shared(blocks)
     others = [_not_split(block, frozen) for block in blocks]
@@ -87,7 +89,7 @@ def _not_split(block: Block, frozen: Container[str]) -> set[nn.Parameter]:
             continue
         if "perdure" not in name:  # as what we put in is called, by PEFT too
             raise BadInput(
-                f"training.shard: is host, but a method trains or overwrites {block.path}.{name}; set it to none"
+                f"training.shard: splits the host, but a method trains or overwrites {block.path}.{name}; set none"
             )
         found.add(parameter)
     return found
@@ -101,7 +103,9 @@ def _refuse_shared(blocks: Sequence[Block]) -> None:
                 continue
             other = owners.setdefault(id(module), block.name)
             if other != block.name:  # the first one's weights are gathered for the first one alone
-                raise BadInput(f"training.shard: is host, but blocks {other} and {block.name} share modules; set none")
+                raise BadInput(
+                    f"training.shard: splits the host, but blocks {other} and {block.name} share modules; set none"
+                )
 
 
 def by_the_first(accelerator: Accelerator, write: Callable[[], Path], where: str) -> Path:

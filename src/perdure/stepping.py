@@ -92,7 +92,7 @@ class Stepping(Passes):
         for group in groups:
             for name, parameter in group["params"]:
                 if is_split(parameter):
-                    raise BadInput(f"training.shard: is host, but {name} of the host trains; set it to none")
+                    raise BadInput(f"training.shard: splits the host, but {name} of the host trains; set it to none")
                 parameter.requires_grad_(True)
         self.optimization = Optimization(self.training, groups, keep)
         self.wrapped = self._wrap()

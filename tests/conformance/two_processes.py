@@ -133,15 +133,17 @@ def check_split_banks(
             assert alone != learner.accelerator.is_main_process, error
         else:
             raise AssertionError("a process does not know that nothing was saved")
-    folders: list[Any] = [tempfile.mkdtemp()]
-    if processes > 1:
-        torch.distributed.broadcast_object_list(folders)  # one folder for both, as a user would give
-    learner.save_pretrained(folders[0])
-    again = Learner.from_pretrained(folders[0], *cases.build_host(host, torch.float64))
+    with tempfile.TemporaryDirectory() as own:
+        folders: list[Any] = [own]
+        if processes > 1:
+            torch.distributed.broadcast_object_list(folders)  # one folder for both, as a user would give
+        learner.save_pretrained(folders[0])
+        again = Learner.from_pretrained(folders[0], *cases.build_host(host, torch.float64))
+        said = cases.outputs(again, made)  # both have read the folder where one has its answers
     assert again.methods[0].modules.keys() == learner.methods[0].modules.keys()
     for memory, bank in zip(again.methods[0].modules.values(), banks, strict=True):
         assert torch.equal(memory.bank.frozen_keys, bank.frozen_keys), "a part that is not this process's"
-    assert torch.equal(cases.outputs(again, made), logits)
+    assert torch.equal(said, logits)
     again.forget(0)
     return torch.cat([logits, cases.outputs(again, made)])
 

@@ -67,10 +67,11 @@ def _outer(
 def _tiles(ends: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Of each tile its group and first row; there are as many as could be needed, the last ones past their group."""
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    behind = ((ends - starts + ROWS - 1) // ROWS).cumsum(0)  # number of tiles up to and with each group
+    needed = (ends - starts + ROWS - 1) // ROWS
+    behind = needed.cumsum(0)  # number of tiles up to and with each group
     tiles = torch.arange(-(-rows // ROWS) + len(ends), device=ends.device)
     group = torch.searchsorted(behind, tiles, right=True).clamp_max(len(ends) - 1)
-    before = behind[group] - (ends - starts + ROWS - 1)[group] // ROWS
+    before = behind[group] - needed[group]
     return group.int(), (starts[group] + (tiles - before) * ROWS).int()
 
 
