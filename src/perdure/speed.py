@@ -69,7 +69,10 @@ Case = tuple[str, tuple[int, int], str, str, str, tuple[Callable[[], Any], Calla
 def _step(forward: Callable[[], Tensor], wanted: list[Tensor]) -> Callable[[], Any]:
     import torch
 
-    return lambda: torch.autograd.grad(forward().sum(), wanted)
+    output = forward().detach()
+    # Written out: the gradient of a sum is one number for all places, which matrix products read in another way.
+    upstream = torch.ones_like(output, memory_format=torch.contiguous_format)
+    return lambda: torch.autograd.grad(forward(), wanted, upstream)
 
 
 def _drawn(*shapes: tuple[int, ...], device: Any) -> list[Tensor]:

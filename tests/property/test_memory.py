@@ -32,7 +32,7 @@ def cases(draw):
         "new": draw(st.integers(0, 5)),
         "d_in": draw(st.integers(1, 7)),
         "d_out": draw(st.integers(1, 6)),
-        "leading": draw(st.sampled_from([(), (1,), (5,), (2, 3), (2, 1, 4), (0,), (2, 0)])),
+        "leading": draw(st.sampled_from([(), (1,), (5,), (2, 3), (2, 1, 4), (2, 11), (0,), (2, 0)])),
         "k": draw(st.integers(1, 10)),
         "min_k": draw(st.sampled_from([1, 2])),
         "reserve": draw(st.sampled_from([0, 0, 1, 3])),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perdure.layers import LinearMemory
-from perdure.memory import AtomBank
+from perdure.memory import AtomBank, dispatch
 from perdure.memory.parts import Share, as_held
 
 Change = Callable[[AtomBank], object]
@@ -105,6 +105,7 @@ def make_layer(rows: int, **settings: object) -> LinearMemory:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("search", ["exact", "coarse"])
 def test_a_layer_answers_as_with_a_whole_bank(monkeypatch, training: bool, search: str) -> None:
+    monkeypatch.setattr(dispatch, "quick_codes", lambda device: True)
     gathered = gathering(monkeypatch)
     layer = make_layer(1400 if search == "coarse" else 9, search=search, dropout=0.2, reserve=1).train(training)
     split = copy.deepcopy(layer)
@@ -162,6 +163,7 @@ def test_an_index_made_in_inference_serves_training() -> None:
 
 
 def test_a_merge_is_measured_on_what_was_merged(monkeypatch) -> None:
+    monkeypatch.setattr(dispatch, "quick_codes", lambda device: True)
     gathering(monkeypatch)
     found = []
     x = torch.randn(6, 384, dtype=torch.float64)

@@ -152,6 +152,7 @@ def test_a_layer_indexes_its_old_keys_once_per_growth(old, training, monkeypatch
 
 
 def test_a_layer_that_searches_coarsely_answers_nearly_as_one_that_does_not(monkeypatch):
+    monkeypatch.setattr(dispatch, "quick_codes", lambda device: True)
     monkeypatch.setitem(dispatch.TABLE, "cpu", dispatch.TABLE["cpu"]._replace(coarse=12 * 512))
     x = torch.randn(200, 12, generator=torch.Generator().manual_seed(2))
     exact, coarse = (layer_of(800, search).eval() for search in ("exact", "coarse"))
@@ -160,3 +161,27 @@ def test_a_layer_that_searches_coarsely_answers_nearly_as_one_that_does_not(monk
     assert near >= 0.95
     small = layer_of(100, "coarse").eval()
     assert torch.equal(small(x), layer_of(100, "exact").eval()(x))  # too few to be worth it
+
+
+def test_without_quick_codes_a_layer_searches_exactly(monkeypatch):
+    monkeypatch.setitem(dispatch.TABLE, "cpu", dispatch.TABLE["cpu"]._replace(coarse=12 * 512))
+    x = torch.randn(200, 12, generator=torch.Generator().manual_seed(2))
+    exact, coarse = (layer_of(800, search).eval() for search in ("exact", "coarse"))
+    monkeypatch.setattr(dispatch, "quick_codes", lambda device: False)
+    assert torch.equal(coarse(x), exact(x)) and coarse._indexed is not None and coarse._indexed[1].codes is None
+    assert dispatch.choose_search(800, 12, 4, "coarse") == ("exact", True)
+
+
+def test_codes_are_quick_where_the_processor_says_so(monkeypatch):
+    dispatch.quick_codes.cache_clear()
+    try:
+        for has in (True, False):
+            monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda has=has: has)
+            dispatch.quick_codes.cache_clear()
+            assert dispatch.quick_codes("cpu") is has and dispatch.quick_codes("cuda") is True
+        monkeypatch.delattr(torch.cpu, "_is_vnni_supported")  # another torch
+        dispatch.quick_codes.cache_clear()
+        assert dispatch.quick_codes("cpu") is False
+    finally:
+        monkeypatch.undo()
+        dispatch.quick_codes.cache_clear()

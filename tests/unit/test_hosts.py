@@ -174,6 +174,28 @@ def test_fused_projection_slices():
     assert torch.equal(after[..., 32:64], before[..., 32:64] + adapter(x))
 
 
+@pytest.mark.parametrize("between", [False, True], ids=["alone", "a hook between"])
+@pytest.mark.parametrize(
+    "roles", [["query", "key", "value"], ["value", "query"], ["key", "key", "query"]], ids=["all", "gap", "twice"]
+)
+def test_slices_of_one_map_add_up(roles, between):
+    host = Host(build("GPT2Model"))
+    sites = {site.role: site for site in host.sites("attention", layers=[0])}
+    module = sites["key"].module
+    x = torch.randn(2, 3, WIDTH)
+    expected, seen = module(x).clone(), []
+    for number, role in enumerate(roles):
+        adapter = Bias(WIDTH, WIDTH, seed=number)
+        sites[role].add(f"a{number}", adapter)
+        expected[..., slice(*sites[role].out_slice)] += adapter(x)
+        if between and not seen:
+            seen.append(None)
+            module.register_forward_hook(lambda module, args, output: seen.append(output.clone()) or output * 2)
+            expected *= 2
+    torch.testing.assert_close(module(x), expected)
+    assert len(seen) == 2 * between
+
+
 def snapshot(model: nn.Module) -> dict[str, tuple[int, bytes]]:
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: (id(t), t.detach().reshape(-1).view(torch.uint8).numpy().tobytes()) for name, t in tensors}

@@ -32,17 +32,50 @@ class Add(Hook):
     def __init__(self, name: str, out_slice: tuple[int, int] | None):
         self.name, self.out_slice = name, out_slice
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self.out_slice is None:
+            return output + self.answer(module, args, output)
+        beside = _beside(module, self)
+        if beside[0] is not self:
+            return None
+        # One sum for all slices of a fused map: each by itself would write the whole output anew.
+        answers = {hook.out_slice or (0, 0): hook.answer(module, args, output) for hook in beside}
+        pieces, at, width = [], 0, output.shape[-1]
+        for start, stop in sorted(answers):
+            if start > at:
+                pieces.append(output.new_zeros((*output.shape[:-1], start - at)))
+            pieces.append(answers[start, stop])
+            at = stop
+        if at < width:
+            pieces.append(output.new_zeros((*output.shape[:-1], width - at)))
+        return output + torch.cat(pieces, dim=-1)
+
+    def answer(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """What the adapter adds to its slice, in the output's dtype."""
         adapter = module._modules[self.name]
         assert adapter is not None
         delta = adapter(args[0]).to(output.dtype)
         start, stop = self.out_slice or (0, output.shape[-1])
         if is_observed():
             report_written(getattr(adapter, "site", self.name), delta, output[..., start:stop])
-        if self.out_slice is None:
-            return output + delta
-        changed = output[..., start:stop] + delta
-        return torch.cat((output[..., :start], changed, output[..., stop:]), dim=-1)
+        return delta
+
+
+def _beside(module: nn.Module, hook: Add) -> list[Add]:
+    """The hooks on slices of one module that can answer together with `hook`, itself among them.
+
+    They stand one behind the other among the module's hooks, and no slice overlaps another.
+    """
+    groups: list[list[Add]] = [[]]
+    for each in module._forward_hooks.values():
+        if not isinstance(each, Add) or each.out_slice is None:
+            groups.append([])
+            continue
+        start, stop = each.out_slice
+        if any(start < other.out_slice[1] and other.out_slice[0] < stop for other in groups[-1] if other.out_slice):
+            groups.append([])
+        groups[-1].append(each)
+    return next(group for group in groups if hook in group)
 
 
 @dataclass

@@ -199,8 +199,9 @@ def _select_and_repair(scores: Tensor, count: int) -> Tensor:
     flat = scores.reshape(-1, scores.shape[-1])
     top, indices = _top(flat, min(count + 1, flat.shape[1]))
     indices = indices[:, :count].contiguous()
-    tied = (top[:, 1:] == top[:, :-1]).any(-1)
-    if bool(tied.any()):
+    equal = top[:, 1:] == top[:, :-1]
+    if bool(equal.any()):
+        tied = equal.any(-1)
         indices[tied] = torch.sort(flat[tied], dim=-1, descending=True, stable=True).indices[:, :count]
     return indices.reshape(*scores.shape[:-1], count)
 

@@ -34,11 +34,15 @@ class Choice(NamedTuple):
     search: Search
 
 
+def _joins(tokens: int, size: int) -> bool:
+    # Joining old and new items copies all of them; keeping them apart goes over all tokens once more.
+    return size < tokens
+
+
 def _responses(x: Tensor, frozen_keys: Tensor, new_keys: Tensor) -> Tensor:
-    # Both products write into one buffer: concatenating the keys would copy the bank at every call.
     old, new = frozen_keys.shape[0], new_keys.shape[0]
-    if old == 0 or new == 0:
-        return x @ (new_keys if old == 0 else frozen_keys).t()
+    if old == 0 or new == 0 or _joins(x.shape[0], old + new):
+        return x @ joined(frozen_keys, new_keys).t()
     p = x.new_empty(x.shape[0], old + new)
     torch.mm(x, frozen_keys.t(), out=p[:, :old])
     torch.mm(x, new_keys.t(), out=p[:, old:])
@@ -120,14 +124,17 @@ class Respond(torch.autograd.Function):
             p_new = kept[:, old:] if ctx.whole else kept
             if ctx.whole and ctx.needs_input_grad[0]:
                 dp = (kept * -through_norm).scatter_add_(1, indices, entries)
-                grad_x, dp_new = dp[:, :old] @ frozen_keys, dp[:, old:]
+                dp_new = dp[:, old:]
+                joins = _joins(x.shape[0], old + new)
+                grad_x = dp @ joined(frozen_keys, new_keys) if joins else dp[:, :old] @ frozen_keys
+                left = new and not joins
             else:
-                dp_new = p_new * -through_norm + _of_new(new, indices, entries, old)
+                dp_new, left = p_new * -through_norm + _of_new(new, indices, entries, old), new
                 if ctx.needs_input_grad[0]:
                     if through is None:
                         through = x @ (frozen_keys.t() @ frozen_keys if gram is None else gram)
                     grad_x = _bag(indices, frozen_keys, entries).sub_(through * through_norm)
-            if grad_x is not None and new:
+            if grad_x is not None and left:
                 grad_x = grad_x.addmm_(dp_new, new_keys)
             if ctx.needs_input_grad[2]:
                 grad_new = dp_new.t() @ x
@@ -141,19 +148,41 @@ def joined(frozen: Tensor, new: Tensor) -> Tensor:
     return new if frozen.shape[0] == 0 else torch.cat([frozen, new])
 
 
+class _NewValues(torch.autograd.Function):
+    """(y, c [T, k], indices [T, k], new values, first new item, scale) -> y, with the new values' gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, c: Tensor, indices: Tensor, new_values: Tensor, old: int, scale: float) -> Tensor:
+        ctx.save_for_backward(c, indices)
+        ctx.new, ctx.old, ctx.scale = new_values.shape[0], old, scale
+        ctx.mark_dirty(y)  # not a view of it, which nobody could change in place
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        c, indices = ctx.saved_tensors
+        of_new = _of_new(ctx.new, indices, c, ctx.old)
+        with torch.autocast(device_type=grad.device.type, enabled=False):
+            grad_new = of_new.t() @ grad
+        return grad, None, None, grad_new if ctx.scale == 1.0 else grad_new * ctx.scale, None, None
+
+
 def gather_values(c: Tensor, indices: Tensor, frozen_values: Tensor, new_values: Tensor, scale: float) -> Tensor:
-    """y_t = sum_i c_ti B_{indices_ti}, touching only the selected frozen values; new ones are multiplied by scale.
+    """y_t = sum_i c_ti B_{indices_ti}, touching only the selected values; new ones are multiplied by scale.
 
     Args:
         c, indices: [T, k]. frozen_values: [n, d_out], no gradient. new_values: [r, d_out].
     """
     old, new = frozen_values.shape[0], new_values.shape[0]
-    y = _bag(indices, frozen_values, c) if old else None
-    if new == 0 and y is not None:
-        return y
+    if new == 0:
+        return F.embedding_bag(indices, frozen_values, per_sample_weights=c, mode="sum")
     scaled = new_values if scale == 1.0 else new_values * scale
-    of_new = _of_new(new, indices, c, old)
-    return of_new @ scaled if y is None else torch.addmm(y, of_new, scaled)
+    if old == 0 or _joins(c.shape[0], old + new):
+        # Through the table every item would get a gradient.
+        y = F.embedding_bag(indices, joined(frozen_values, scaled.detach()), per_sample_weights=c, mode="sum")
+        return _NewValues.apply(y, c, indices, new_values, old, scale)
+    return torch.addmm(_bag(indices, frozen_values, c), _of_new(new, indices, c, old), scaled)
 
 
 def dense_values(c: Tensor, indices: Tensor, frozen_values: Tensor, new_values: Tensor, scale: float) -> Tensor:
