@@ -38,11 +38,25 @@ def _sampled_product(pattern: Tensor, left: Tensor, *_: Any, **__: Any) -> int:
     return 2 * pattern._nnz() * left.shape[1]
 
 
-# Attention on the CPU and products with sparse matrices, which torch's own table leaves out.
+def _weighted_rows(table: Tensor, chosen: Tensor, *rest: Any, **_: Any) -> int:
+    """`embedding_bag` with a weight for each chosen row of the table; without weights nothing is multiplied."""
+    weights = rest[4] if len(rest) > 4 else None
+    return 0 if weights is None else 2 * chosen.numel() * table.shape[1]
+
+
+def _weights_of_rows(grad: Tensor, table: Tensor, chosen: Tensor, *_: Any, **__: Any) -> int:
+    """The gradient of these weights: an inner product each."""
+    return 2 * chosen.numel() * table.shape[1]
+
+
+# Attention on the CPU, products with sparse matrices and sums of chosen rows, which torch's own table leaves out.
 _FORMULAS = {
     **flop_registry,
     torch.ops.aten.addmm_: _sparse_product,
     torch.ops.aten.sparse_sampled_addmm: _sampled_product,
+    torch.ops.aten._embedding_bag: _weighted_rows,
+    torch.ops.aten._embedding_bag_forward_only: _weighted_rows,
+    torch.ops.aten._embedding_bag_per_sample_weights_backward: _weights_of_rows,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }

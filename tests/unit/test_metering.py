@@ -61,6 +61,19 @@ def test_sparse_products_count_their_entries():
     assert meter.flops == 2 * 8 * (100 + 100 + 50)  # back through all, and the values of the one that trains
 
 
+@pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_sums_of_chosen_rows_count_where_they_are_weighted(outside):
+    table, chosen, weights = torch.randn(20, 6), torch.randint(20, (5, 3)), torch.rand(5, 3, requires_grad=True)
+    with outside(), Meter() as meter:
+        functional.embedding_bag(chosen, table, mode="sum")
+        assert meter.flops == 0
+        y = functional.embedding_bag(chosen, table, mode="sum", per_sample_weights=weights)
+        assert meter.flops == 2 * 5 * 3 * 6
+        if y.requires_grad:
+            y.sum().backward()
+            assert meter.flops == 2 * (2 * 5 * 3 * 6)
+
+
 def test_nothing_is_changed_by_counting():
     def step() -> list[torch.Tensor]:
         torch.manual_seed(0)

@@ -1,8 +1,8 @@
 """Which of the ways to compute the same thing is taken: one small table that was measured, and nothing else decides.
 
 All ways give the same values and gradients up to rounding, and rounding differs. So the table belongs to the code and
-not to the machine: a run repeated elsewhere takes the same way (but for `quick_codes`). `perdure doctor --speed` measures where the ways cross
-on a machine; whoever finds another place sets `path` or `search` of the method.
+not to the machine: a run repeated elsewhere takes the same way (but for `quick_codes`). `perdure doctor --speed`
+measures where the ways cross on a machine; whoever finds another place sets `path` or `search` of the method.
 """
 
 from __future__ import annotations
