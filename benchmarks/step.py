@@ -6,7 +6,8 @@
 Both arms adapt the same linear maps, all of every block, with r = 8; a fused map of query, key and value is one for
 LoRA and three banks for MoRAM. The banks hold 8 frozen atoms of each past experience, with values that are not zero,
 and 8 new ones. A step is forward, backward and AdamW on what trains; the loss is the mean of the last hidden states'
-squares, the same for both. Ratios are MoRAM / LoRA.
+squares, the same for both. Inference is a forward pass as after learning, when all atoms are frozen. Ratios are
+MoRAM / LoRA.
 """
 
 from __future__ import annotations
@@ -42,13 +43,16 @@ def model_of(host: str, layers: int) -> nn.Module:
     return GPT2Model(GPT2Config(n_layer=layers, n_embd=WIDTH, n_head=12, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
 
 
+def memories(model: nn.Module) -> list[LinearMemory]:
+    held = attachment(model)
+    assert held is not None
+    return [each for each in held.methods[0].modules.values() if isinstance(each, LinearMemory)]
+
+
 def moram(host: str, layers: int, experiences: int, search: str) -> nn.Module:
     model = attach(model_of(host, layers), {"moram": {"rank": RANK, "search": search}})
     generator = torch.Generator().manual_seed(1)
-    held = attachment(model)
-    assert held is not None
-    for memory in held.methods[0].modules.values():
-        assert isinstance(memory, LinearMemory)
+    for memory in memories(model):
         for owner, size in enumerate((RANK * experiences, RANK)):
             memory.grow(size, owner, generator)
             memory.bank.new_values.data.normal_(std=0.02, generator=generator)
@@ -93,6 +97,9 @@ def against_lora(case: dict[str, Any], mine: nn.Module, other: nn.Module, ids: t
     """Rows of a step and of a forward pass, with the work of both counted."""
     rows = []
     for what, make in (("step", step), ("inference", inference)):
+        if what == "inference":
+            for memory in memories(mine):
+                memory.freeze()
         a, b = make(mine, ids), make(other, ids)
         ratio = compare(a, b, pairs=options.pairs, seconds=options.seconds)
         # The table of words is not read whole; a step reads every other weight twice.
