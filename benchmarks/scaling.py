@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perdure.memory import choose_search, fold, index_keys, merge_duplicates, read_atoms
+from perdure.memory import choose_search, fair_shares, fold, index_keys, merge_duplicates, read_atoms
 
 from ._harness import compare, machine
 
@@ -177,6 +177,7 @@ def consolidated(
             ("merge", 0.7),
             ("prune", 1),
             ("prune", 20),
+            ("limit", 80),
             ("fold", 0.01),
         ):
             rows = []
@@ -194,6 +195,10 @@ def consolidated(
                         (of_fit.indices.flatten(),), (of_fit.weights.flatten() > 0).float(), accumulate=True
                     )
                     kept = counts >= value
+                    left = int(kept.sum())
+                    now = answer(test[name], keys[kept], values[kept], settings, delta)[0]
+                elif how == "limit":
+                    kept = fair_shares(keys.norm(dim=-1) * values.norm(dim=-1), owners, value)
                     left = int(kept.sum())
                     now = answer(test[name], keys[kept], values[kept], settings, delta)[0]
                 else:

@@ -57,7 +57,9 @@ SHARDED = [  # the host split over the processes, what trains whole
     and (host == "bert" or name in ("moram", "lora"))
 ]  # fmt: skip
 CASES |= {name: (name.rpartition("/")[2], SPECS[name.partition(" ")[0]]) for name in SHARDED}
-BANKS = {"moram": "banks", "moram-contrast": "banks", "moram-protected": "both"}  # old atoms in parts; with the host
+BANKS = {  # old atoms in parts; with the host
+    "moram": "banks", "moram-contrast": "banks", "moram-limited": "banks", "moram-protected": "both",
+}  # fmt: skip
 CASES |= {  # 3 experiences leave 9 atoms a map, which two processes cannot share alike
     f"{name} {shard}/bert": ("bert", {"moram": {**SPECS[name]["moram"], "rank": 3}}) for name, shard in BANKS.items()
 }

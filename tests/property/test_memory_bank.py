@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perdure.memory import SHARED, AtomBank, read_atoms
+from perdure.memory.merging import fair_shares
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -226,6 +227,44 @@ def test_keep_and_prune():
     bank.frozen_values[0] = 0
     assert bank.prune(strength_below=1e-9) == 1 and bank.frozen_size == 1
     assert bank.prune() == 0
+    check_bank(bank)
+
+
+@given(st.lists(st.tuples(st.integers(-1, 3), st.integers(0, 4)), max_size=14), st.integers(1, 16))
+def test_shares_are_those_of_taking_turns(items, size):
+    left = {owner: [] for owner in sorted({owner for owner, _ in items})}
+    for index, (owner, worth) in enumerate(items):
+        left[owner].append((-worth, index))
+    turn, kept = 0, []
+    while len(kept) < min(size, len(items)):
+        best = [sorted(each)[turn] for each in left.values() if len(each) > turn]
+        kept += [index for _, index in sorted(best)][: size - len(kept)]
+        turn += 1
+    owners, worth = (
+        (torch.tensor(each, dtype=torch.int64) for each in zip(*items, strict=True))
+        if items
+        else (torch.zeros(0, dtype=torch.int64),) * 2
+    )
+    have = fair_shares(worth.double(), owners, size)
+    assert have.nonzero().flatten().tolist() == sorted(kept)
+
+
+def test_a_limited_bank_keeps_the_strongest_of_every_write():
+    bank = make_bank([3, 2, 2])
+    bank.freeze()
+    bank.grow(2, owner=7)
+    for row, strength in enumerate([5.0, 1, 9, 2, 8, 3, 4]):
+        bank.frozen_values[row] = 0
+        bank.frozen_values[row, 0] = strength / bank.frozen_keys[row].norm()
+    bank.add_usage(torch.arange(9, dtype=torch.float64))
+    new_keys, keys = bank.new_keys, bank.keys().detach().clone()
+    assert bank.limit(7) is None and bank.frozen_size == 7
+    assert bank.limit(4).tolist() == [True, False, True, False, True, False, True, True, True]  # 5, 9 | 8 | 4
+    assert torch.equal(bank.keys(), keys[[0, 2, 4, 6, 7, 8]]) and bank.new_keys is new_keys
+    assert bank.usage.tolist() == [0, 2, 4, 6, 7, 8] and bank.owners.tolist()[-2:] == [7, 7]
+    with pytest.raises(ValueError, match="size: found 0"):
+        bank.limit(0)
+    assert bank.limit(1).sum() == 3 and bank.frozen_values[0, 0] * bank.frozen_keys[0].norm() == pytest.approx(9.0)
     check_bank(bank)
 
 

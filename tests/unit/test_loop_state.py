@@ -123,6 +123,24 @@ def test_atoms_that_never_trained_do_not_pile_up() -> None:
         assert max(sizes) == (2 if "joint" in spec else 6)
 
 
+@pytest.mark.parametrize("free", [False, True], ids=["boundaries", "no boundaries"])
+def test_a_limited_bank_stops_growing(free: bool) -> None:
+    spec: dict[str, Any] = {"rank": 2, "top_k": 2, "max_atoms": 4} | ({"grow_every": 3} if free else {})
+    learner, sizes = build({"moram": spec}, **({"protocol": FREE} if free else {})), []
+
+    def on_step(loop: Any, _: Any) -> None:
+        sizes.append(max(memory.bank.size for memory in learner.methods[0].memories.values()))
+
+    for experience in cases.experiences("bert", 4, rows=16):
+        learner.learn(experience, on_step=on_step)
+    banks = [memory.bank for memory in learner.methods[0].memories.values()]
+    assert max(sizes) == 6 and all(bank.frozen_size == 4 for bank in banks)
+    if not free:  # four writes of two atoms each: every one keeps its stronger one
+        assert all(bank.owners.tolist() == [0, 1, 2, 3] for bank in banks)
+    log = learner.services.router_log
+    assert {log.usage(site).numel() for site in log.sites} <= {4, 6}
+
+
 def test_usage_is_that_of_all_logged_steps_without_boundaries() -> None:
     counted = []
     for reset in (False, True):  # a run starts the router's sums anew after each portion, for its report

@@ -6,7 +6,7 @@ from .dispatch import choose_patch_path, choose_path, choose_search
 from .effects import read_atoms, read_patches, sparse_delta
 from .folding import Fold, fold
 from .kernels.search import KeyIndex, index_keys
-from .merging import MergeReport, merge_duplicates
+from .merging import MergeReport, fair_shares, merge_duplicates
 from .observe import Observation, RouterLog, Written, is_observed, observing, report, report_written
 from .protect import InputMoments, free_directions, leading_basis, overlap, project
 from .retrieval import free_energy, least_free_energy, retrieve
@@ -51,6 +51,7 @@ __all__ = [
     "dot",
     "drawn_as_released",
     "effective_k",
+    "fair_shares",
     "fold",
     "free_directions",
     "free_energy",

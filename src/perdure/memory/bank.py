@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .merging import MergeReport, merge_duplicates
+from .merging import MergeReport, fair_shares, merge_duplicates
 from .parts import Share, is_as_held
 from .routing import routing_dtype
 
@@ -270,6 +270,29 @@ class AtomBank(nn.Module):
         if strength_below is not None:
             bad |= self.frozen_keys.norm(dim=-1) * self.frozen_values.norm(dim=-1) < strength_below
         return self.keep(torch.cat([~bad, torch.ones(self.new_size, dtype=torch.bool, device=bad.device)]))
+
+    @_on_whole(changes=True)
+    @torch.no_grad()
+    def limit(self, size: int) -> Tensor | None:
+        """Keeps at most `size` old items: an equal share of every owner, the strongest by ||key|| ||value||.
+
+        What an owner leaves of its share goes to the strongest of the others. Items still being trained stay.
+
+        Returns:
+            bool [N], True for the items that stayed; None if all did.
+        Raises:
+            ValueError: size < 1; nothing was changed.
+        """
+        if size < 1:
+            raise ValueError(f"size: found {size}; at least one item must be kept")
+        n = self.frozen_size
+        if n <= size:
+            return None
+        strength = self.frozen_keys.double().norm(dim=-1) * self.frozen_values.double().norm(dim=-1)
+        chosen = fair_shares(strength.cpu(), self.owners[:n].cpu(), size)
+        kept = torch.cat([chosen, chosen.new_ones(self.new_size)]).to(self.owners.device)
+        self.keep(kept)
+        return kept
 
     @_on_whole(changes=True)
     @torch.no_grad()

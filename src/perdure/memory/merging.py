@@ -1,4 +1,4 @@
-"""Joins near-duplicate atoms into one, with the loss stated."""
+"""Fewer atoms in place of many: near-duplicates joined into one, with the loss stated, and shares of a limited bank."""
 
 from __future__ import annotations
 
@@ -88,3 +88,24 @@ def merge_duplicates(
         residual += float(torch.linalg.matrix_norm((r_a * torch.cat([share, share.new_tensor([-1.0])])) @ r_b.t()))
         merged_keys[row], merged_values[row] = key.to(keys.dtype), value.to(values.dtype)
     return merged_keys, merged_values, groups, residual
+
+
+def fair_shares(worth: Tensor, owners: Tensor, size: int) -> Tensor:
+    """Which items a bank of `size` places keeps: the best of every owner, then the second best of every one, ...
+
+    The places of the last round go to the largest worth, among equals to the lowest index.
+
+    Args:
+        worth: [n]. owners: int64 [n].
+    Returns:
+        bool [n] with min(size, n) True.
+    """
+    falling = torch.sort(worth, descending=True, stable=True).indices
+    by_owner = falling[torch.sort(owners[falling], stable=True).indices]
+    _, counts = torch.unique_consecutive(owners[by_owner], return_counts=True)
+    rounds = torch.empty_like(owners)
+    rounds[by_owner] = torch.cat([torch.arange(int(count)) for count in counts] or [rounds])
+    order = falling[torch.sort(rounds[falling], stable=True).indices]
+    kept = torch.zeros(len(owners), dtype=torch.bool)
+    kept[order[:size]] = True
+    return kept

@@ -88,6 +88,8 @@ class MoRAM(Method):
         layers: list[int] | None = None
         grow_every: int | None = Field(None, ge=1)
         """Optimizer steps between growths; for streams without boundaries."""
+        max_atoms: int | None = Field(None, ge=1)
+        """Old atoms a map keeps: of every write an equal share, its strongest (ours). None: all, as published."""
         protect: ProtectConfig | None = None
         """Confine new keys to the null space of old layer inputs."""
         keys: Literal["drawn", "contrast"] = "drawn"
@@ -168,10 +170,11 @@ class MoRAM(Method):
 
     # ---- growth
     def _freeze(self) -> None:
+        most = self.config.max_atoms
         for name, memory in self.memories.items():
-            kept = memory.freeze()
-            if kept is not None:
-                self.loop.router_log.keep(name, kept)
+            for kept in (memory.freeze(), memory.bank.limit(most) if most is not None else None):
+                if kept is not None:
+                    self.loop.router_log.keep(name, kept)
 
     def _grow(self, owner: int) -> None:
         self._freeze()
