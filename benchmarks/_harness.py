@@ -96,10 +96,13 @@ def machine() -> dict[str, Any]:
     """What a ratio depends on; no host name and no path."""
     import torch
 
+    from perdure.memory.dispatch import quick_codes
+
     facts: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "quick_codes": quick_codes(),
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
