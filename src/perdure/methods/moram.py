@@ -30,8 +30,9 @@ freezing (the release halves them); atoms that were never trained take no part i
 atoms of the next task take slots) and do not freeze; parameters and optimizer state are new for each experience.
 `min_k` is 1 here, the release forces k ≥ 2 (`min_k: 2` gives that). On a stream without boundaries atoms are added
 every `grow_every` steps: ours. Atoms that two writes trained there belong to neither. Ours as well are
-`threshold_atoms` (δ falls with N), `max_atoms` (a bank that stops growing), `protect`, and `keys: contrast`: from the second experience on new keys start as ±v,
-v the directions in which this experience's inputs have the most energy for that of all earlier ones.
+`threshold_atoms` (δ falls with N), `max_atoms` (a bank that stops growing), `protect`, and `keys: contrast`: from the
+second experience on new keys start as ±v, v the directions in which this experience's inputs have the most energy for
+that of all earlier ones.
 """
 
 from __future__ import annotations
