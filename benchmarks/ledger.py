@@ -61,6 +61,8 @@ def main() -> None:
     )
     options = parser.parse_intermixed_args()
     arms = options.arms.split(",") if options.arms else None
+    if options.reference is not None and arms is not None and options.reference not in arms:
+        parser.error(f"--reference {options.reference} is none of --arms {options.arms}")
     failed = run_all(options.recipe, arms, list(range(options.seeds)), options.processes, options.overrides)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; see the logs beside their run folders")
