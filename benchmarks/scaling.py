@@ -167,7 +167,7 @@ def timed(d: int, counts: tuple[int, ...], each: int, k: int, tokens: int, pairs
 
 # ---- consolidation
 def consolidated(
-    banks: dict[str, Any], fit: dict[str, Tensor], test: dict[str, Tensor], settings: Any
+    banks: dict[str, Any], usage: dict[str, Tensor], fit: dict[str, Tensor], test: dict[str, Tensor], settings: Any
 ) -> Iterator[dict[str, Any]]:
     """Of the whole trained bank, without and with the threshold."""
     for delta in (0.0, settings["threshold"]):
@@ -198,7 +198,7 @@ def consolidated(
                     left = int(kept.sum())
                     now = answer(test[name], keys[kept], values[kept], settings, delta)[0]
                 elif how == "limit":
-                    kept = fair_shares(keys.norm(dim=-1) * values.norm(dim=-1), owners, value)
+                    kept = fair_shares(usage[name], owners, value)
                     left = int(kept.sum())
                     now = answer(test[name], keys[kept], values[kept], settings, delta)[0]
                 else:
@@ -229,10 +229,11 @@ def main(argv: list[str] | None = None) -> None:
     layers = sorted({site.layer for site in method._sites})
     wanted = {layers[0], layers[len(layers) // 2], layers[-1]}
     sites = [site for site in method._sites if site.layer in wanted and site.role in ROLES]
-    banks = {}
+    banks, usage = {}, {}
     for site in sites:
         bank = method.memories[site.name].bank
         banks[site.name] = (bank.keys().detach(), bank.values().detach(), bank.owners)
+        usage[site.name] = bank.usage
     each = settings["rank"]
     counts = tuple(count for count in TRAINED if count <= len(stream))
     later = tuple(count for count in SIMULATED if count <= options.most)
@@ -254,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = {
         "trained": trained(banks, first, settings, counts),
         "simulated": simulated(banks, first, settings, later, each),
-        "consolidated": consolidated(banks, fit, test, settings),
+        "consolidated": consolidated(banks, usage, fit, test, settings),
         "time": timed(width, later, each, settings["top_k"], options.tokens, options.pairs),
     }
     for name, rows in parts.items():

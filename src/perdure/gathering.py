@@ -1,4 +1,4 @@
-"""Rows of all processes as one tensor with a gradient, for losses that contrast rows with each other."""
+"""Sums over processes, and their rows as one tensor with a gradient, for losses that contrast rows with each other."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ from torch import Tensor
 
 def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all processes, without a gradient; the tensor itself where there is one."""
+    if processes() == 1:
+        return tensor
+    tensor = tensor.detach().clone()
+    dist.all_reduce(tensor)
+    return tensor
 
 
 def gather_rows(tensor: Tensor, fill: float = 0.0) -> Tensor:

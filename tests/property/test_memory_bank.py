@@ -249,22 +249,34 @@ def test_shares_are_those_of_taking_turns(items, size):
     assert have.nonzero().flatten().tolist() == sorted(kept)
 
 
-def test_a_limited_bank_keeps_the_strongest_of_every_write():
+def test_a_limited_bank_keeps_the_most_used_of_every_write():
     bank = make_bank([3, 2, 2])
     bank.freeze()
     bank.grow(2, owner=7)
-    for row, strength in enumerate([5.0, 1, 9, 2, 8, 3, 4]):
-        bank.frozen_values[row] = 0
-        bank.frozen_values[row, 0] = strength / bank.frozen_keys[row].norm()
-    bank.add_usage(torch.arange(9, dtype=torch.float64))
-    new_keys, keys = bank.new_keys, bank.keys().detach().clone()
+    bank.add_usage(torch.tensor([5.0, 1, 9, 2, 8, 3, 4, 0, 0], dtype=torch.float64))
+    new_keys, keys, usage = bank.new_keys, bank.keys().detach().clone(), bank.usage.clone()
     assert bank.limit(7) is None and bank.frozen_size == 7
-    assert bank.limit(4).tolist() == [True, False, True, False, True, False, True, True, True]  # 5, 9 | 8 | 4
+    assert bank.limit(4).tolist() == [True, False, True, False, True, False, True, True, True]  # 9, 8, 4 | 5
     assert torch.equal(bank.keys(), keys[[0, 2, 4, 6, 7, 8]]) and bank.new_keys is new_keys
-    assert bank.usage.tolist() == [0, 2, 4, 6, 7, 8] and bank.owners.tolist()[-2:] == [7, 7]
+    assert torch.equal(bank.usage, usage[[0, 2, 4, 6, 7, 8]]) and bank.owners.tolist() == [0, 0, 1, 2, 7, 7]
     with pytest.raises(ValueError, match="size: found 0"):
         bank.limit(0)
-    assert bank.limit(1).sum() == 3 and bank.frozen_values[0, 0] * bank.frozen_keys[0].norm() == pytest.approx(9.0)
+    bank.limit(2, usage=torch.tensor([1.0, 2, 3, 4, 0, 0]))
+    assert torch.equal(bank.keys(), keys[[4, 6, 7, 8]])
+    check_bank(bank)
+
+
+@pytest.mark.parametrize("writes", [3, 9])
+def test_what_was_just_learnt_has_a_place_in_a_limited_bank(writes):
+    bank = AtomBank(6, 5, dtype=torch.float64)
+    for write in range(writes):
+        bank.grow(2, owner=write, generator=torch.Generator().manual_seed(write))
+        filled(bank, write)
+        bank.freeze()
+        bank.add_usage(torch.full((bank.size,), 1.0, dtype=torch.float64))  # older ones have more of it
+        bank.limit(4, recent=2)
+        assert bank.owners[-1] == write and bank.size <= 4
+    assert bank.owners.tolist() == ([0, 1, 2, 2] if writes == 3 else [0, 1, 8, 8])
     check_bank(bank)
 
 

@@ -24,7 +24,7 @@ CHANGES: dict[str, Change] = {
     "keep": lambda bank: bank.keep(torch.arange(bank.size) % 3 != 0),
     "use": lambda bank: bank.add_usage(torch.arange(bank.size, dtype=torch.float64)),
     "prune": lambda bank: bank.prune(usage_below=2.0),
-    "limit": lambda bank: bank.limit(4),
+    "limit": lambda bank: bank.limit(4, recent=2),
     "merge": lambda bank: bank.merge(0.5, across_owners=True)[:2],
     "own": lambda bank: bank.own_new(9),
     "reload": lambda bank: bank.load_state_dict(copy.deepcopy(bank.state_dict())),

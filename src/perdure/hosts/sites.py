@@ -44,7 +44,7 @@ class Add(Hook):
         for start, stop in sorted(answers):
             if start > at:
                 pieces.append(output.new_zeros((*output.shape[:-1], start - at)))
-            pieces.append(answers[start, stop])
+            pieces.append(answers[start, stop].expand(*output.shape[:-1], stop - start))
             at = stop
         if at < width:
             pieces.append(output.new_zeros((*output.shape[:-1], width - at)))
@@ -75,7 +75,7 @@ def _beside(module: nn.Module, hook: Add) -> list[Add]:
         if any(start < other.out_slice[1] and other.out_slice[0] < stop for other in groups[-1] if other.out_slice):
             groups.append([])
         groups[-1].append(each)
-    return next(group for group in groups if hook in group)
+    return next((group for group in groups if hook in group), [hook])  # itself, if it was removed meanwhile
 
 
 @dataclass

@@ -273,11 +273,14 @@ class AtomBank(nn.Module):
 
     @_on_whole(changes=True)
     @torch.no_grad()
-    def limit(self, size: int) -> Tensor | None:
-        """Keeps at most `size` old items: an equal share of every owner, the strongest by ||key|| ||value||.
+    def limit(self, size: int, recent: int = 0, usage: Tensor | None = None) -> Tensor | None:
+        """Keeps at most `size` of n old items, the most used: of every owner the best, then the second best, ...
 
-        What an owner leaves of its share goes to the strongest of the others. Items still being trained stay.
+        The latest `recent` ones get the ceil(size recent / n) places of their proportion beforehand: else what was
+        just learnt could be the first to go. Items still being trained stay.
 
+        Args:
+            usage: [N], counts to go by in place of the bank's own.
         Returns:
             bool [N], True for the items that stayed; None if all did.
         Raises:
@@ -288,9 +291,12 @@ class AtomBank(nn.Module):
         n = self.frozen_size
         if n <= size:
             return None
-        strength = self.frozen_keys.double().norm(dim=-1) * self.frozen_values.double().norm(dim=-1)
-        chosen = fair_shares(strength.cpu(), self.owners[:n].cpu(), size)
-        kept = torch.cat([chosen, chosen.new_ones(self.new_size)]).to(self.owners.device)
+        usage, owners = (self.usage if usage is None else usage)[:n], self.owners[:n]
+        kept, entering = torch.zeros_like(owners, dtype=torch.bool), -(-size * recent // n)
+        kept[n - recent :] = fair_shares(usage[n - recent :], owners[n - recent :].new_zeros(recent), entering)
+        rest = ~kept
+        kept[rest] = fair_shares(usage[rest], owners[rest], size - entering)
+        kept = torch.cat([kept, kept.new_ones(self.new_size)])
         self.keep(kept)
         return kept
 

@@ -65,10 +65,10 @@ def choose_patch_path(size: int, k: int, device: str = "cpu") -> Literal["dense"
 
 @functools.cache
 def quick_codes(device: str = "cpu") -> bool:
-    """True where scores from codes are known to be quicker than exact ones.
+    """False on processors where scores from 8-bit codes are not known to be quicker than exact ones.
 
-    Of 8-bit products on processors this is known of x86 with AVX-512 VNNI alone. It is the one choice that depends on
-    the machine, since without such instructions the search is some thirty times slower.
+    They are on x86 with AVX-512 VNNI; without it the search took some thirty times as long. It is the one choice that
+    depends on the machine. Accelerators take bfloat16 and have not been measured.
     """
     if device != "cpu":
         return True

@@ -96,16 +96,16 @@ def fair_shares(worth: Tensor, owners: Tensor, size: int) -> Tensor:
     The places of the last round go to the largest worth, among equals to the lowest index.
 
     Args:
-        worth: [n]. owners: int64 [n].
+        worth: [n], not-a-number the least. owners: int64 [n], on the same device.
     Returns:
         bool [n] with min(size, n) True.
     """
-    falling = torch.sort(worth, descending=True, stable=True).indices
+    falling = torch.sort(worth.nan_to_num(nan=-torch.inf), descending=True, stable=True).indices
     by_owner = falling[torch.sort(owners[falling], stable=True).indices]
     _, counts = torch.unique_consecutive(owners[by_owner], return_counts=True)
     rounds = torch.empty_like(owners)
-    rounds[by_owner] = torch.cat([torch.arange(int(count)) for count in counts] or [rounds])
+    rounds[by_owner] = torch.cat([torch.arange(int(count), device=owners.device) for count in counts] or [rounds])
     order = falling[torch.sort(rounds[falling], stable=True).indices]
-    kept = torch.zeros(len(owners), dtype=torch.bool)
+    kept = torch.zeros_like(owners, dtype=torch.bool)
     kept[order[:size]] = True
     return kept

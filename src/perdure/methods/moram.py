@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from ..data import Batch
     from ..hosts import Handle, Host
     from ..layers import LinearMemory
+    from ..memory import AtomBank
     from ..streams import Experience
     from ._updates import Stack
 
@@ -90,13 +91,14 @@ class MoRAM(Method):
         grow_every: int | None = Field(None, ge=1)
         """Optimizer steps between growths; for streams without boundaries."""
         max_atoms: int | None = Field(None, ge=1)
-        """Old atoms a map keeps: of every write an equal share, its strongest (ours). None: all, as published."""
+        """Old atoms a map keeps: of every write an equal share, its most used (ours). None: all, as published."""
         protect: ProtectConfig | None = None
         """Confine new keys to the null space of old layer inputs."""
         keys: Literal["drawn", "contrast"] = "drawn"
         """Where new keys start: drawn at random, as published, or along what older experiences have not had (ours)."""
         search: Literal["exact", "coarse", "fused"] = "exact"
-        """Of a large bank (from 960 atoms of width 768): score all, or only 2 k that 8-bit codes find (ours). fused:
+        """Of a large bank (from 960 atoms of width 768): score all, or only 2 k that 8-bit codes find (ours; exact on
+        processors without AVX-512 VNNI). fused:
         all in one Triton kernel, for GPUs; not measured."""
         path: Literal["auto", "reference", "dense", "gather"] = "auto"
         """How the chosen values are summed; auto: by a measured table (ours; `perdure doctor --speed`)."""
@@ -171,11 +173,19 @@ class MoRAM(Method):
 
     # ---- growth
     def _freeze(self) -> None:
-        most = self.config.max_atoms
         for name, memory in self.memories.items():
-            for kept in (memory.freeze(), memory.bank.limit(most) if most is not None else None):
+            before = memory.bank.frozen_size
+            for kept in (memory.freeze(), self._limit(memory.bank, before)):
                 if kept is not None:
                     self.loop.router_log.keep(name, kept)
+
+    def _limit(self, bank: AtomBank, before: int) -> Tensor | None:
+        from ..gathering import summed
+
+        most = self.config.max_atoms
+        if most is None or bank.frozen_size <= most:
+            return None
+        return bank.limit(most, max(0, bank.frozen_size - before), summed(bank.usage))
 
     def _grow(self, owner: int) -> None:
         self._freeze()

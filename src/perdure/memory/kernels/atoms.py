@@ -148,24 +148,38 @@ def joined(frozen: Tensor, new: Tensor) -> Tensor:
     return new if frozen.shape[0] == 0 else torch.cat([frozen, new])
 
 
-class _NewValues(torch.autograd.Function):
-    """(y, c [T, k], indices [T, k], new values, first new item, scale) -> y, with the new values' gradient."""
+class _Gathered(torch.autograd.Function):
+    """(c [T, k], indices [T, k], frozen values, new values, scale) -> y [T, d_out], from one table of all values.
+
+    The table is made again in the backward pass: kept until then it would be a second bank.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, c: Tensor, indices: Tensor, new_values: Tensor, old: int, scale: float) -> Tensor:
-        ctx.save_for_backward(c, indices)
-        ctx.new, ctx.old, ctx.scale = new_values.shape[0], old, scale
-        ctx.mark_dirty(y)  # not a view of it, which nobody could change in place
-        return y
+    def forward(ctx: Any, c: Tensor, indices: Tensor, frozen: Tensor, new: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(c, indices, frozen, new)
+        ctx.scale = scale
+        return F.embedding_bag(indices, _table(frozen, new, scale), per_sample_weights=c, mode="sum")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        c, indices = ctx.saved_tensors
-        of_new = _of_new(ctx.new, indices, c, ctx.old)
-        with torch.autocast(device_type=grad.device.type, enabled=False):
-            grad_new = of_new.t() @ grad
-        return grad, None, None, grad_new if ctx.scale == 1.0 else grad_new * ctx.scale, None, None
+        c, indices, frozen, new = ctx.saved_tensors
+        (tokens, k), device = c.shape, grad.device
+        grad, grad_c, grad_new = grad.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            starts = torch.arange(0, tokens * k, k, device=device)
+            token_of = torch.arange(tokens, device=device).repeat_interleave(k)
+            grad_c = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                grad, _table(frozen, new, ctx.scale), indices.flatten(), starts, token_of, 0, -1
+            ).view_as(c)
+        if ctx.needs_input_grad[3]:
+            with torch.autocast(device_type=device.type, enabled=False):
+                grad_new = _of_new(new.shape[0], indices, c, frozen.shape[0]).t() @ grad * ctx.scale
+        return grad_c, None, None, grad_new, None
+
+
+def _table(frozen: Tensor, new: Tensor, scale: float) -> Tensor:
+    return joined(frozen, new if scale == 1.0 else new * scale)
 
 
 def gather_values(c: Tensor, indices: Tensor, frozen_values: Tensor, new_values: Tensor, scale: float) -> Tensor:
@@ -177,11 +191,9 @@ def gather_values(c: Tensor, indices: Tensor, frozen_values: Tensor, new_values:
     old, new = frozen_values.shape[0], new_values.shape[0]
     if new == 0:
         return F.embedding_bag(indices, frozen_values, per_sample_weights=c, mode="sum")
-    scaled = new_values if scale == 1.0 else new_values * scale
     if old == 0 or _joins(c.shape[0], old + new):
-        # Through the table every item would get a gradient.
-        y = F.embedding_bag(indices, joined(frozen_values, scaled.detach()), per_sample_weights=c, mode="sum")
-        return _NewValues.apply(y, c, indices, new_values, old, scale)
+        return _Gathered.apply(c, indices, frozen_values, new_values, scale)  # type: ignore[return-value]
+    scaled = new_values if scale == 1.0 else new_values * scale
     return torch.addmm(_bag(indices, frozen_values, c), _of_new(new, indices, c, old), scaled)
 
 
