@@ -185,7 +185,7 @@ class MoRAM(Method):
         most = self.config.max_atoms
         if most is None or bank.frozen_size <= most:
             return None
-        return bank.limit(most, max(0, bank.frozen_size - before), summed(bank.usage))
+        return bank.limit(most, bank.frozen_size - before, summed(bank.usage))
 
     def _grow(self, owner: int) -> None:
         self._freeze()
