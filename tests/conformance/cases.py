@@ -68,7 +68,7 @@ WITHOUT_A_MIDDLE = ("joint", "frozen")
 VARIANTS: dict[str, Any] = {
     "moram-protected": {"moram": {"rank": 2, "top_k": 2, "protect": {"inputs": 0.5}}},
     "moram-contrast": {"moram": {"rank": 2, "top_k": 2, "keys": "contrast"}},
-    "moram-limited": {"moram": {"rank": 2, "top_k": 2, "max_atoms": 3}},
+    "moram-limited": {"moram": {"rank": 2, "top_k": 2, "max_atoms": 4}},
     "lora-protected": {"lora": {"rank": 2, "protect": {"inputs": 0.5}}},
     "codyra-l1+er": [
         {"codyra": {"rank": 3, "l1": 20.0, "operator": "released"}},
